@@ -1,0 +1,1 @@
+"""Decides. Pure and deterministic: no I/O, no clock, no chance, no log call in this package."""
