@@ -1,9 +1,9 @@
 """A disk that loses what was not synced.
 
 Three levels, as on a real machine: *buffered* (put, append … were called), *flushed* (`flush()`:
-the write call returned; it survives the death of the process) and *synced* (`sync(token)` completed:
-it survives a power cut). A crash keeps a random prefix of what its level does not protect, and may
-tear the last append. Recorded operations are applied in order, so a prefix is a possible disk.
+the write call returned; it survives the death of the process) and *synced* (`sync(token)` has
+completed; it survives a power cut). A crash keeps a random prefix of what its level does not
+protect, and may tear the next append. Operations are applied in order: a prefix is a possible disk.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Host:
             world.network.send(self.name, target, message)
 
     def set_timer(self, name: str, delay_ms: float) -> None:
-        """Call `on_timer(name)` after `delay_ms` of this node's clock; replaces one of that name."""
+        """Call `on_timer(name)` after `delay_ms` of this node's clock; replaces that name's."""
         self.cancel_timer(name)
         if self.alive:
             true_ms = delay_ms * 1_000_000 / self._rate_ppm
@@ -128,7 +128,7 @@ class Host:
 
 
 class World(Generic[N]):
-    """The cluster of one run. Harnesses read `nodes` and use the fault methods for scripted faults."""
+    """The cluster of one run; harnesses read `nodes` and may script faults of their own."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class World(Generic[N]):
     def tell(self, name: str, action: Callable[[N], None], delay_ms: float = 0.1) -> None:
         """A client's request: run `action(node)` after `delay_ms` if the node is up then.
 
-        It waits while the node is paused, and is lost if the node is down: give the reply a timeout.
+        It waits while the node is paused and is lost if the node is down: time the reply out.
         """
         self.clock.call_later(delay_ms, self._enter, name, "request", action)
 

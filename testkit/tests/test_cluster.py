@@ -1,0 +1,216 @@
+"""Real processes and links: what the fault switches promise, tried on a node that only echoes."""
+
+import asyncio
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from testkit.cluster import (
+    CAN_PAUSE,
+    Cluster,
+    HttpClient,
+    LinkProxy,
+    NodeProcess,
+    NodeView,
+    NoReply,
+    ProcessFailure,
+    Reply,
+    Reservation,
+    free_port,
+)
+
+pytestmark = pytest.mark.cluster
+NODE = Path(__file__).with_name("echo_node.py")
+
+
+def argv(view: NodeView) -> list[str]:
+    peers = ",".join(view.dial(other) for other in view.others())
+    return [
+        sys.executable,
+        str(NODE),
+        "--addr",
+        view.bind(),
+        "--peers",
+        peers,
+        "--data_dir",
+        str(view.data_dir),
+    ]
+
+
+async def reaches(cluster: Cluster, source: int, target: int) -> bool:
+    async with cluster.client(source) as client:
+        reply = await client.get("/ask", peer=cluster.views[source].dial(target))
+        assert isinstance(reply, Reply), reply
+        return bool(reply.json["reached"])
+
+
+async def test_nodes_survive_kill_restart_and_power_cut_with_their_files(tmp_path: Path) -> None:
+    async with Cluster(argv, 2, root=tmp_path) as cluster:
+        async with cluster.client(0) as client:
+            first = await client.post("/increment", {})
+            assert isinstance(first, Reply)
+            assert first.json == {"value": 1}
+            cluster.kill(0)
+            gone = await client.post("/increment", {})
+            assert isinstance(gone, NoReply)
+            await cluster.start_all()
+            cluster.power_cut()
+            assert not any(node.running for node in cluster.nodes)
+            await cluster.start_all()
+            again = await client.post("/increment", {})
+            assert isinstance(again, Reply)
+            assert again.json == {"value": 2}
+        assert await cluster.terminate_all() == [0, 0]
+    assert not any(node.running for node in cluster.nodes)
+
+
+@pytest.mark.skipif(not CAN_PAUSE, reason="SIGSTOP is POSIX")
+async def test_a_paused_node_answers_nothing_and_goes_on_when_resumed(tmp_path: Path) -> None:
+    async with Cluster(argv, 1, root=tmp_path) as cluster, cluster.client(0) as client:
+        cluster.pause(0)
+        outcome = await client.get("/readyz", timeout_s=0.3)
+        assert isinstance(outcome, NoReply)
+        assert outcome.kind == "timeout"
+        assert not outcome.definite
+        cluster.resume(0)
+        assert isinstance(await client.get("/readyz"), Reply)
+
+
+async def test_cuts_act_on_one_direction_of_one_link(tmp_path: Path) -> None:
+    async with Cluster(argv, 3, root=tmp_path, proxied=("http",)) as cluster:
+        assert await reaches(cluster, 0, 1)
+        cluster.cut(0, 1, one_way=True)
+        assert not await reaches(cluster, 0, 1)
+        assert await reaches(cluster, 1, 0)
+        assert await reaches(cluster, 0, 2)
+        cluster.heal()
+        assert await reaches(cluster, 0, 1)
+        cluster.partition({0}, {1, 2}, silent=True)
+        assert not await reaches(cluster, 1, 0)
+        assert not await reaches(cluster, 0, 2)
+        assert await reaches(cluster, 1, 2)
+        cluster.heal()
+        assert await reaches(cluster, 1, 0)
+
+
+async def test_a_node_that_dies_early_is_reported_with_its_log(tmp_path: Path) -> None:
+    node = NodeProcess("n", [sys.executable, str(NODE), "--nonsense"], log=tmp_path / "n.log")
+    with node, pytest.raises(ProcessFailure, match=r"unrecognized arguments|required"):
+        await node.wait_url(f"http://127.0.0.1:{free_port()}/readyz")
+    assert node.returncode == 2
+
+
+async def test_log_lines_can_be_waited_for_per_incarnation(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, str(NODE), "--addr", address, "--data_dir", str(tmp_path / "d")]
+    with NodeProcess("n", command, log=tmp_path / "n.log") as node:
+        assert address in await node.wait_log("serving on")
+        await node.restart(f"http://{address}/readyz")
+        assert node.output().count("serving on") == 1
+        with pytest.raises(ProcessFailure, match="never logged"):
+            await node.wait_log("no such line", timeout_s=0.1)
+
+
+async def test_the_http_client_reads_lengths_chunks_and_errors_as_values(tmp_path: Path) -> None:
+    async with Cluster(argv, 1, root=tmp_path) as cluster, cluster.client(0) as client:
+        big = b"x" * 300_000
+        echoed = await client.request("PUT", "/echo", body=big)
+        assert isinstance(echoed, Reply)
+        assert echoed.body == big
+        assert echoed.headers["x-kind"] == "PUT"
+        streamed = await client.get("/stream")
+        assert isinstance(streamed, Reply)
+        assert streamed.text == "one two three"
+        missing = await client.get("/none")
+        assert isinstance(missing, Reply)
+        assert missing.status == 404
+        head = await client.request("HEAD", "/readyz")
+        assert isinstance(head, Reply)
+        assert head.body == b""
+        late = await client.get("/slow", timeout_s=0.2)
+        assert late == NoReply("timeout", False, "no answer in 0.2 s")
+        assert isinstance(await client.get("/readyz"), Reply)
+        broken = await client.raw(b"\x00\x01 nonsense\r\n\r\n")
+        assert isinstance(broken, NoReply) or broken.status == 400
+    async with HttpClient("127.0.0.1", free_port()) as nobody:
+        refused = await nobody.get("/")
+        assert isinstance(refused, NoReply)
+        assert (refused.kind, refused.definite) == ("refused", True)
+
+
+async def test_a_reserved_port_is_given_to_nobody_else_but_can_be_bound(tmp_path: Path) -> None:
+    reservations = [Reservation() for _ in range(50)]
+    assert len({reservation.port for reservation in reservations}) == 50
+    held = reservations[0]
+    with socket.socket() as thief, pytest.raises(OSError, match="in use"):
+        thief.bind(("127.0.0.1", held.port))
+    held.about_to_bind()
+    server = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", held.port)
+    server.close()
+    for reservation in reservations:
+        reservation.release()
+
+
+async def echo_server() -> tuple[asyncio.Server, str]:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    return server, f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_a_link_delays_holds_and_resets() -> None:
+    server, address = await echo_server()
+    link = LinkProxy(address)
+    try:
+        port = int(link.address.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"hello")
+        assert await asyncio.wait_for(reader.readexactly(5), 20) == b"hello"
+        link.delay(150, "forward")
+        began = time.monotonic()
+        writer.write(b"later")
+        assert await asyncio.wait_for(reader.readexactly(5), 20) == b"later"
+        assert time.monotonic() - began >= 0.15
+        link.heal()
+        link.blackhole("backward")
+        writer.write(b"stuck")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.readexactly(5), 0.2)
+        link.heal()
+        assert await asyncio.wait_for(reader.readexactly(5), 20) == b"stuck"
+        link.cut()
+        with pytest.raises(ConnectionResetError):
+            await asyncio.wait_for(reader.readexactly(1), 20)
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+        link.heal()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"again")
+        assert await asyncio.wait_for(reader.readexactly(5), 20) == b"again"
+        writer.close()
+    finally:
+        link.close()
+        server.close()
+
+
+async def test_a_link_passes_the_end_of_the_stream_and_a_dead_target() -> None:
+    server, address = await echo_server()
+    link = LinkProxy(address)
+    port = int(link.address.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"bye")
+    writer.write_eof()
+    assert await asyncio.wait_for(reader.read(), 20) == b"bye"
+    writer.close()
+    server.close()
+    await server.wait_closed()
+    with pytest.raises(ConnectionResetError):  # in the connect itself, if the reset is that quick
+        reader, _ = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.wait_for(reader.read(), 20)
+    link.close()
