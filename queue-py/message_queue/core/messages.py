@@ -1,0 +1,382 @@
+"""What the replication core says to peers, and what it asks the log to keep.
+
+Two tagged unions of frozen structs. ``PeerMessage`` travels between nodes in frames (``Frame``),
+with datagram semantics: it may be lost, doubled, delayed or overtaken. ``LogRecord`` is what
+storage makes durable; replaying the records in order rebuilds the state
+(``replication.state.PartitionState``).
+
+Words
+    partition   0..63; a queue hashes to one.
+    node        a position in ``--peers``, 0-based. Never an address.
+    epoch       one term of one owner. ``epoch % MAX_NODES`` is the owner's position, so two
+                nodes can't own the same epoch even if a promise is forgotten. 0: none yet.
+    seq         counts an owner's records within its epoch, from 1 and without gaps.
+    dot         (epoch, seq): the name of one record. A message's dot is that of its ``Put``.
+    span        (epoch, first, last): the dots of one epoch from first to last, both included.
+
+Structs travel as msgpack arrays led by an integer tag. Numbers are bounded here, so that what gets
+past the decoder is at least well-formed; whether it is *plausible* is judged by the core.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Struct
+
+MAX_NODES: Final = 64
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Position = Annotated[int, Meta(ge=0, lt=MAX_NODES)]
+PartitionId = Annotated[int, Meta(ge=0, lt=4096)]
+Span = tuple[Count, Count, Count]
+Spans = tuple[Span, ...]
+"""Sorted by epoch, then seq; never overlapping. The wire form of a set of dots."""
+
+
+class Standing(IntEnum):
+    """What a replica's word about a partition is worth."""
+
+    BLANK = 0
+    """Never stored anything of it: a new node, or one that lost its whole disk."""
+    MEMBER = 1
+    """Counts in majorities."""
+    DAMAGED = 2
+    """Lost some of it (checksums): counts again when it has copied the partition."""
+
+
+def owner_of(epoch: int) -> int:
+    """The position of the node that an epoch belongs to."""
+    return epoch % MAX_NODES
+
+
+# --- entries: what an owner stamps and replicates ------------------------------------------------
+
+
+class Put(Struct, frozen=True, array_like=True, tag=1):
+    """A message (or anything else that is held until acked, such as a dedupe mark) comes to be.
+
+    ``meta`` is small and may stay in memory; ``body`` may live on disk only. Both are opaque here.
+    """
+
+    seq: Count
+    meta: bytes
+    body: bytes
+
+
+class Ack(Struct, frozen=True, array_like=True, tag=2):
+    """The dots in ``targets`` are gone for ever: acknowledged, expired, purged or moved elsewhere."""
+
+    seq: Count
+    targets: Spans
+
+
+class Set(Struct, frozen=True, array_like=True, tag=3):
+    """A setting; the latest dot of a key wins. An empty value removes the key."""
+
+    seq: Count
+    key: Annotated[str, Meta(max_length=1024)]
+    value: bytes
+
+
+Entry = Put | Ack | Set
+
+
+class Copy(Struct, frozen=True, array_like=True):
+    """A ``Put`` of any epoch on its way to a node that lacks it."""
+
+    epoch: Count
+    seq: Count
+    meta: bytes
+    body: bytes
+
+
+class Setting(Struct, frozen=True, array_like=True):
+    """A setting in force, with the dot that set it."""
+
+    epoch: Count
+    seq: Count
+    key: Annotated[str, Meta(max_length=1024)]
+    value: bytes
+
+
+class View(Struct, frozen=True, array_like=True):
+    """The whole state of a partition but the bodies.
+
+    Covered by ``context`` and not in ``held`` means acked: an observed-remove set without
+    tombstones (Bieniusa et al. 2012). Invariant: held is a subset of context.
+    """
+
+    sealed: Count  # the epoch whose takeover this state descends from; 0 = never taken over
+    # a number drawn at the partition's first takeover; 0 = none yet. Two origins never mix
+    origin: Count
+    context: Spans
+    held: Spans
+    settings: tuple[Setting, ...]
+
+
+# --- what peers tell each other ------------------------------------------------------------------
+
+
+class Heartbeat(Struct, frozen=True, array_like=True, tag=1):
+    """I am here, and these partitions are mine: renew my leases. One per pair of nodes and
+    interval.
+    """
+
+    beat: Count  # counts this sender's rounds; the answer echoes it
+    heard: Count  # the receiver's incarnation as known here; 0 = never heard of it
+    cluster_ms: Count  # the sender's cluster time
+    owned: tuple[tuple[PartitionId, Count], ...]  # (partition, epoch) owned or being taken over
+
+
+class HeartbeatAnswer(Struct, frozen=True, array_like=True, tag=2):
+    """All partitions named are renewed for ``lease_ms`` from now, except the refused ones."""
+
+    beat: Count
+    heard: Count
+    cluster_ms: Count
+    refused: tuple[tuple[PartitionId, Count, Count], ...]  # (partition, epoch asked, my promise)
+    behind: tuple[
+        tuple[PartitionId, Count, Count], ...
+    ]  # (partition, epoch, stored up to): mine; resend
+
+
+class Canvass(Struct, frozen=True, array_like=True, tag=3):
+    """Would you promise me this partition? Nothing is kept on either side (Raft's PreVote)."""
+
+    partition: PartitionId
+    epoch: Count  # the highest promise that the asker knows of
+
+
+class CanvassAnswer(Struct, frozen=True, array_like=True, tag=4):
+    partition: PartitionId
+    epoch: Count  # echo
+    granted: bool
+    promised: Count  # the answerer's promise
+    standing: Standing
+
+
+class Claim(Struct, frozen=True, array_like=True, tag=5):
+    """Promise never again to store records of an epoch below this one, and say what you have.
+
+    ``total``: too few members are left for a majority, so every replica is asked, whatever its
+    standing (or, for a partition that never existed, a majority of blank ones).
+    """
+
+    partition: PartitionId
+    epoch: Count
+    ring: Count
+    total: bool
+
+
+class Promise(Struct, frozen=True, array_like=True, tag=6):
+    """Granted, and durable. ``view`` is what the promiser has on its disk."""
+
+    partition: PartitionId
+    epoch: Count
+    standing: Standing
+    view: View
+
+
+class Refusal(Struct, frozen=True, array_like=True, tag=7):
+    """A claim, a seal or records of ``epoch`` were refused, because of a higher promise or a live
+    lease.
+    """
+
+    partition: PartitionId
+    epoch: Count
+    promised: Count
+
+
+class Pull(Struct, frozen=True, array_like=True, tag=8):
+    """Send me these puts; I am installing the view of ``for_epoch``."""
+
+    partition: PartitionId
+    for_epoch: Count
+    wanted: Spans
+
+
+class Copies(Struct, frozen=True, array_like=True, tag=9):
+    """Some of what was pulled. ``missing``: what the sender does not have either."""
+
+    partition: PartitionId
+    for_epoch: Count
+    copies: tuple[Copy, ...]
+    missing: Spans
+
+
+class Seal(Struct, frozen=True, array_like=True, tag=10):
+    """The partition's state under ``epoch``: everything older that is not in here is void.
+
+    Sent at a takeover, and again to whoever falls too far behind.
+    """
+
+    partition: PartitionId
+    epoch: Count
+    ring: Count
+    view: View
+
+
+class Append(Struct, frozen=True, array_like=True, tag=11):
+    """Consecutive entries of one epoch, the first with ``seq``; stored all or none."""
+
+    partition: PartitionId
+    epoch: Count
+    entries: tuple[Entry, ...]
+
+
+class Stored(Struct, frozen=True, array_like=True, tag=12):
+    """The seal of ``epoch`` and its records 1..upto are durable here. ``gap``: later ones came,
+    resend.
+    """
+
+    partition: PartitionId
+    epoch: Count
+    upto: Count
+    gap: bool
+
+
+class Inquire(Struct, frozen=True, array_like=True, tag=13):
+    """What have you promised? Asked by a node that lost (part of) its disk, before it counts again."""
+
+    partition: PartitionId
+    nonce: Count
+
+
+class Attest(Struct, frozen=True, array_like=True, tag=14):
+    partition: PartitionId
+    nonce: Count
+    promised: Count
+    standing: Standing
+
+
+class Yield(Struct, frozen=True, array_like=True, tag=15):
+    """I have stopped serving this epoch and nothing is in flight: the lease is yours to give to
+    ``to``.
+    """
+
+    partition: PartitionId
+    epoch: Count
+    to: Position
+    soft: bytes
+
+
+class Soft(Struct, frozen=True, array_like=True, tag=16):
+    """Consumer leases of an owner's partition, so that a failover redelivers little. Never durable."""
+
+    partition: PartitionId
+    epoch: Count
+    soft: bytes
+
+
+PeerMessage = (
+    Heartbeat
+    | HeartbeatAnswer
+    | Canvass
+    | CanvassAnswer
+    | Claim
+    | Promise
+    | Refusal
+    | Pull
+    | Copies
+    | Seal
+    | Append
+    | Stored
+    | Inquire
+    | Attest
+    | Yield
+    | Soft
+)
+
+
+class Frame(Struct, frozen=True, array_like=True):
+    """What one write to a peer link carries: all that gathered since the last one."""
+
+    sender: Position
+    incarnation: Count  # the sender's boot; what an earlier life of it sent is void
+    messages: tuple[PeerMessage, ...]
+
+
+# --- what storage keeps --------------------------------------------------------------------------
+
+
+class AppendRecord(Struct, frozen=True, array_like=True, tag=1):
+    """Entries under an epoch. Written as one checksummed frame, so that a batch is atomic on disk."""
+
+    partition: PartitionId
+    epoch: Count
+    entries: tuple[Entry, ...]
+
+
+class CopyRecord(Struct, frozen=True, array_like=True, tag=2):
+    """Bodies fetched for a view that is not yet installed: without effect until its ``SealRecord``."""
+
+    partition: PartitionId
+    for_epoch: Count
+    copies: tuple[Copy, ...]
+
+
+class PromiseRecord(Struct, frozen=True, array_like=True, tag=3):
+    partition: PartitionId
+    epoch: Count
+    ring: Count
+
+
+class SealRecord(Struct, frozen=True, array_like=True, tag=4):
+    """From here on the partition's state is ``view`` (plus what was already stored under
+    ``epoch``).
+    """
+
+    partition: PartitionId
+    epoch: Count
+    ring: Count
+    view: View
+
+
+class WithdrawRecord(Struct, frozen=True, array_like=True, tag=5):
+    """Storage found damage: these dots are no longer known here, and the node counts in no majority
+    of the partition until it has copied it again.
+    """
+
+    partition: PartitionId
+    lost: Spans
+
+
+class ClockRecord(Struct, frozen=True, array_like=True, tag=6):
+    """Cluster time had come this far: it goes on from here after a power cut of all nodes."""
+
+    cluster_ms: Count
+
+
+class CheckpointRecord(Struct, frozen=True, array_like=True, tag=7):
+    """A partition's whole state, written by storage before it deletes segments: replaces all before
+    it.
+
+    The puts that ``view.held``, ``staged.held`` and ``copied`` name are found in the segments that
+    stay.
+    """
+
+    partition: PartitionId
+    promised: Count
+    ring: Count
+    standing: Standing
+    view: View
+    staged_for: Count
+    staged: View  # what came under ``staged_for`` before its seal
+    copied: Spans
+
+
+LogRecord = (
+    AppendRecord
+    | CopyRecord
+    | PromiseRecord
+    | SealRecord
+    | WithdrawRecord
+    | ClockRecord
+    | CheckpointRecord
+)
+
+frame_decoder: Final = msgspec.msgpack.Decoder(Frame)
+record_decoder: Final[msgspec.msgpack.Decoder[LogRecord]] = msgspec.msgpack.Decoder(LogRecord)

@@ -1,0 +1,216 @@
+"""Sets of dots (epoch, seq), small in memory and O(1) to change.
+
+``DotSet`` keeps, per epoch, chunks of 1,024 seqs as one int each. A run of consecutive seqs costs
+a bit a dot, an empty chunk nothing; adding or removing one dot copies 128 bytes. Intervals alone
+would be smaller while consumers ack in order, and would fragment (and cost a search) when they
+don't; a Python set would cost 60 bytes a dot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from message_queue.core.messages import Span, Spans
+
+CHUNK = 1024
+FULL = (1 << CHUNK) - 1
+
+
+def mask(low: int, high: int) -> int:
+    """The bits low..high of a chunk, both included."""
+    return ((1 << (high - low + 1)) - 1) << low
+
+
+class DotSet:
+    """A mutable set of dots. ``len`` is kept; iteration is sorted."""
+
+    __slots__ = ("_count", "_epochs")
+
+    def __init__(self, spans: Iterable[Span] = ()) -> None:
+        self._epochs: dict[int, dict[int, int]] = {}
+        self._count = 0
+        for epoch, first, last in spans:
+            self.add_range(epoch, first, last)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __bool__(self) -> bool:
+        return self._count > 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DotSet) and self._epochs == other._epochs
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __repr__(self) -> str:
+        return f"DotSet({self.spans()!r})"
+
+    def has(self, epoch: int, seq: int) -> bool:
+        chunks = self._epochs.get(epoch)
+        if chunks is None:
+            return False
+        return bool(chunks.get(seq >> 10, 0) >> (seq & 1023) & 1)
+
+    def add(self, epoch: int, seq: int) -> bool:
+        """True if it was not there."""
+        chunks = self._epochs.get(epoch)
+        if chunks is None:
+            chunks = self._epochs[epoch] = {}
+        number = seq >> 10
+        bits = chunks.get(number, 0)
+        bit = 1 << (seq & 1023)
+        if bits & bit:
+            return False
+        chunks[number] = bits | bit
+        self._count += 1
+        return True
+
+    def discard(self, epoch: int, seq: int) -> bool:
+        """True if it was there."""
+        chunks = self._epochs.get(epoch)
+        if chunks is None:
+            return False
+        number = seq >> 10
+        bits = chunks.get(number, 0)
+        bit = 1 << (seq & 1023)
+        if not bits & bit:
+            return False
+        self._count -= 1
+        self._store(epoch, chunks, number, bits ^ bit)
+        return True
+
+    def _store(self, epoch: int, chunks: dict[int, int], number: int, bits: int) -> None:
+        if bits:
+            chunks[number] = bits
+            return
+        chunks.pop(number, None)
+        if not chunks:
+            self._epochs.pop(epoch, None)
+
+    def add_range(self, epoch: int, first: int, last: int) -> None:
+        chunks = self._epochs.setdefault(epoch, {})
+        for number in range(first >> 10, (last >> 10) + 1):
+            base = number << 10
+            wanted = mask(max(first - base, 0), min(last - base, CHUNK - 1))
+            bits = chunks.get(number, 0)
+            self._count += (wanted & ~bits).bit_count()
+            chunks[number] = bits | wanted
+
+    def remove_range(self, epoch: int, first: int, last: int) -> Spans:
+        """What was there and is no longer."""
+        chunks = self._epochs.get(epoch)
+        if chunks is None:
+            return ()
+        gone: list[Span] = []
+        # A hostile span may be astronomically wide: never walk more chunks than are there.
+        low, high = first >> 10, last >> 10
+        numbers = (
+            range(low, high + 1)
+            if high - low < len(chunks)
+            else sorted(n for n in chunks if low <= n <= high)
+        )
+        for number in numbers:
+            bits = chunks.get(number, 0)
+            base = number << 10
+            hit = bits & mask(max(first - base, 0), min(last - base, CHUNK - 1))
+            if hit:
+                gone.extend(_runs(epoch, base, hit))
+                self._count -= hit.bit_count()
+                self._store(epoch, chunks, number, bits ^ hit)
+        return joined(gone)
+
+    def spans(self) -> Spans:
+        """The wire form: sorted, disjoint, not touching."""
+        out: list[Span] = []
+        for epoch in sorted(self._epochs):
+            chunks = self._epochs[epoch]
+            for number in sorted(chunks):
+                out.extend(_runs(epoch, number << 10, chunks[number]))
+        return joined(out)
+
+    def epoch_spans(self, epoch: int) -> Spans:
+        """The spans of one epoch."""
+        chunks = self._epochs.get(epoch, {})
+        return joined(
+            run for number in sorted(chunks) for run in _runs(epoch, number << 10, chunks[number])
+        )
+
+    def dots(self) -> Iterator[tuple[int, int]]:
+        for epoch, first, last in self.spans():
+            for seq in range(first, last + 1):
+                yield epoch, seq
+
+    def copy(self) -> DotSet:
+        twin = DotSet()
+        twin._epochs = {epoch: dict(chunks) for epoch, chunks in self._epochs.items()}
+        twin._count = self._count
+        return twin
+
+    def update(self, other: DotSet) -> None:
+        for epoch, chunks in other._epochs.items():
+            mine = self._epochs.setdefault(epoch, {})
+            for number, bits in chunks.items():
+                old = mine.get(number, 0)
+                self._count += (bits & ~old).bit_count()
+                mine[number] = old | bits
+
+    def minus(self, other: DotSet) -> DotSet:
+        """A new set: what is here and not in the other."""
+        out = DotSet()
+        for epoch, chunks in self._epochs.items():
+            theirs = other._epochs.get(epoch, {})
+            kept = {
+                number: left
+                for number, bits in chunks.items()
+                if (left := bits & ~theirs.get(number, 0))
+            }
+            if kept:
+                out._epochs[epoch] = kept
+                out._count += sum(bits.bit_count() for bits in kept.values())
+        return out
+
+    def contiguous(self, epoch: int) -> int:
+        """The largest n such that 1..n are all here; 0 if none."""
+        chunks = self._epochs.get(epoch)
+        if chunks is None:
+            return 0
+        number = 0
+        while True:
+            bits = chunks.get(number, 0)
+            if number == 0:
+                bits |= 1  # seq 0 does not exist
+            if bits != FULL:
+                return (number << 10) + (~bits & (bits + 1)).bit_length() - 2
+            number += 1
+
+
+def _runs(epoch: int, base: int, bits: int) -> Iterator[Span]:
+    """The runs of ones in a chunk, lowest first."""
+    while bits:
+        low = (bits & -bits).bit_length() - 1
+        rest = bits >> low
+        length = (~rest & (rest + 1)).bit_length() - 1
+        yield epoch, base + low, base + low + length - 1
+        bits = (rest >> length) << (low + length)
+
+
+def joined(spans: Iterable[Span]) -> Spans:
+    """Sorted spans with touching neighbours made one."""
+    out: list[Span] = []
+    for epoch, first, last in spans:
+        if out and out[-1][0] == epoch and out[-1][2] + 1 == first:
+            out[-1] = (epoch, out[-1][1], last)
+        else:
+            out.append((epoch, first, last))
+    return tuple(out)
+
+
+def well_formed(spans: Spans) -> bool:
+    """Sorted, disjoint, first <= last, seqs from 1: what a peer or a file must send."""
+    epoch, last = 0, 0
+    for e, f, t in spans:
+        if f < 1 or t < f or e < epoch or (e == epoch and f <= last):
+            return False
+        epoch, last = e, t
+    return True
