@@ -67,7 +67,7 @@ class Put(Struct, frozen=True, array_like=True, tag=1):
 
 
 class Ack(Struct, frozen=True, array_like=True, tag=2):
-    """The dots in ``targets`` are gone for ever: acknowledged, expired, purged or moved elsewhere."""
+    """The dots in ``targets`` are gone for ever: acknowledged, expired, purged or moved."""
 
     seq: Count
     targets: Spans
@@ -239,7 +239,7 @@ class Stored(Struct, frozen=True, array_like=True, tag=12):
 
 
 class Inquire(Struct, frozen=True, array_like=True, tag=13):
-    """What have you promised? Asked by a node that lost (part of) its disk, before it counts again."""
+    """What have you promised? Asked by a node that lost (part of) its disk."""
 
     partition: PartitionId
     nonce: Count
@@ -264,7 +264,7 @@ class Yield(Struct, frozen=True, array_like=True, tag=15):
 
 
 class Soft(Struct, frozen=True, array_like=True, tag=16):
-    """Consumer leases of an owner's partition, so that a failover redelivers little. Never durable."""
+    """Consumer leases, so that a failover redelivers little. Never durable."""
 
     partition: PartitionId
     epoch: Count
@@ -303,7 +303,7 @@ class Frame(Struct, frozen=True, array_like=True):
 
 
 class AppendRecord(Struct, frozen=True, array_like=True, tag=1):
-    """Entries under an epoch. Written as one checksummed frame, so that a batch is atomic on disk."""
+    """Entries under an epoch. One checksummed frame, so that a batch is atomic on disk."""
 
     partition: PartitionId
     epoch: Count
@@ -311,7 +311,7 @@ class AppendRecord(Struct, frozen=True, array_like=True, tag=1):
 
 
 class CopyRecord(Struct, frozen=True, array_like=True, tag=2):
-    """Bodies fetched for a view that is not yet installed: without effect until its ``SealRecord``."""
+    """Bodies fetched for a view not yet installed: without effect until its ``SealRecord``."""
 
     partition: PartitionId
     for_epoch: Count

@@ -17,7 +17,7 @@ from message_queue.core.replication.state import PartitionState
 
 
 class ReplicationConfig(Struct, frozen=True):
-    """Where this node stands. ``preference[p]``: the positions of p's replicas, best owner first."""
+    """Where this node stands; ``preference[p]``: p's replicas, best owner first."""
 
     node: int
     nodes: int
@@ -78,13 +78,13 @@ class Replication(Protocol):
         """Time passes. Call every 50 ms or so; cost is independent of what is stored."""
 
     def receive(self, sender: int, incarnation: int, message: PeerMessage, now_ms: int) -> Effects:
-        """A peer's message. Hostile or outdated ones change nothing. ``sender`` was authenticated."""
+        """A peer's message; hostile or outdated ones change nothing. The sender is authentic."""
 
     def peer_connected(self, peer: int, now_ms: int) -> Effects:
-        """This node's own link to the peer stands. A hint: what was lost meanwhile is sent again."""
+        """This node's link to the peer stands: what was lost meanwhile is sent again."""
 
     def peer_disconnected(self, peer: int, now_ms: int) -> Effects:
-        """A connection to or from the peer broke. A hint: elections begin as soon as leases allow."""
+        """A connection to or from the peer broke: elect as soon as leases allow."""
 
     def propose(
         self, partition: int, drafts: tuple[Draft, ...], now_ms: int
@@ -115,7 +115,7 @@ class Replication(Protocol):
         """
 
     def yield_all(self, now_ms: int) -> Effects:
-        """SIGTERM: hand every partition over. Done when ``owned()`` is empty (or 2 s have passed)."""
+        """SIGTERM: hand everything over. Done when ``owned()`` is empty (or 2 s have passed)."""
 
     def may_serve(self, partition: int, now_ms: int) -> bool:
         """This node owns the partition and a majority renewed its lease: it may deliver messages
