@@ -56,6 +56,7 @@ Restart: `Restored` from the store and a fresh machine; the first drain hands ou
 they are.
 """
 
+from lock_manager.core.raft.core import RaftCore
 from lock_manager.core.raft.effects import (
     Accepted,
     ConfigurationChanged,
@@ -91,6 +92,7 @@ from lock_manager.core.raft.messages import (
     VoteReply,
 )
 from lock_manager.core.raft.settings import RaftConfig, Restored
+from lock_manager.core.raft.tracker import PeerProgress, PeerState
 
 __all__ = [
     "Accepted",
@@ -109,8 +111,11 @@ __all__ = [
     "Member",
     "Message",
     "Note",
+    "PeerProgress",
+    "PeerState",
     "Persist",
     "RaftConfig",
+    "RaftCore",
     "ReadReady",
     "Refusal",
     "Refused",

@@ -14,8 +14,13 @@ Understandable Consensus Algorithm (extended version)"; "thesis" is Ongaro's dis
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Annotated
 
 import msgspec
+
+# Checked while decoding. Far below 2^63, so that no sum of ours leaves what the store can hold.
+NodeId = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]  # terms, indices, sizes, milliseconds
 
 
 class EntryKind(IntEnum):
@@ -29,8 +34,8 @@ class EntryKind(IntEnum):
 class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One line of the replicated log. (index, term) identifies its content for ever (§5.3)."""
 
-    index: int
-    term: int
+    index: Count
+    term: Count
     kind: EntryKind
     payload: bytes
 
@@ -39,8 +44,9 @@ class Member(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """One node of a configuration. Raft reads `node_id` and `voter`; the rest is the node's own
     business."""
 
-    node_id: int
+    node_id: NodeId
     voter: bool = True  # False: a learner, receives everything and counts for nothing
+    promote: bool = False  # a learner that the leader makes a voter once it has caught up
     name: str = ""  # `--id`, empty until first contact
     store_id: str = ""  # the data directory's random id, empty until first contact (guarantee 10)
     raft_addr: str = ""  # empty: as in the flags
@@ -71,15 +77,15 @@ class HardState(msgspec.Struct, frozen=True, array_like=True):
     `commit_index` is volatile as in the paper: a restarted node learns it anew.
     """
 
-    term: int = 0
-    voted_for: int | None = None
+    term: Count = 0
+    voted_for: NodeId | None = None
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     """The machine's state after applying `index`, in place of the log up to there."""
 
-    index: int = 0
-    term: int = 0
+    index: Count = 0
+    term: Count = 0
     configuration: Configuration = Configuration()
     data: bytes = b""  # opaque to Raft
 
@@ -91,11 +97,11 @@ class RequestVote(msgspec.Struct, frozen=True, array_like=True, kw_only=True, ta
     """§5.2. With `pre_vote` nothing is promised and `term` is the proposed one, not yet the
     sender's (§9.6)."""
 
-    sender: int
-    to: int
-    term: int
-    last_index: int
-    last_term: int
+    sender: NodeId
+    to: NodeId
+    term: Count
+    last_index: Count
+    last_term: Count
     pre_vote: bool = False
     transfer: bool = (
         False  # the leader itself asked for this election: voters do not protect it (§3.10)
@@ -105,9 +111,9 @@ class RequestVote(msgspec.Struct, frozen=True, array_like=True, kw_only=True, ta
 class VoteReply(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag=2):
     """A granted pre-vote repeats the proposed term; every other reply carries the voter's own."""
 
-    sender: int
-    to: int
-    term: int
+    sender: NodeId
+    to: NodeId
+    term: Count
     granted: bool
     pre_vote: bool = False
 
@@ -115,15 +121,15 @@ class VoteReply(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag=
 class AppendEntries(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag=3):
     """§5.3; without entries it is a heartbeat, a probe, or a round that confirms reads."""
 
-    sender: int
-    to: int
-    term: int
-    prev_index: int
-    prev_term: int
+    sender: NodeId
+    to: NodeId
+    term: Count
+    prev_index: Count
+    prev_term: Count
     entries: tuple[Entry, ...] = ()
-    commit: int = 0
-    read_round: int = 0  # the leader's newest ReadIndex round; an answer echoes it
-    stamp_ms: int = 0  # cluster time; Raft only carries it (guarantee 8)
+    commit: Count = 0
+    read_round: Count = 0  # the leader's newest ReadIndex round; an answer echoes it
+    stamp_ms: Count = 0  # cluster time; Raft only carries it (guarantee 8)
 
 
 class AppendReply(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag=4):
@@ -135,31 +141,31 @@ class AppendReply(msgspec.Struct, frozen=True, array_like=True, kw_only=True, ta
     `hint_term`. So the leader skips a whole term a round trip (§5.3, last paragraphs).
     """
 
-    sender: int
-    to: int
-    term: int
+    sender: NodeId
+    to: NodeId
+    term: Count
     success: bool
-    match_index: int = 0
-    prev_index: int = 0
-    hint_index: int = 0
-    hint_term: int = 0
-    read_round: int = 0
+    match_index: Count = 0
+    prev_index: Count = 0
+    hint_index: Count = 0
+    hint_term: Count = 0
+    read_round: Count = 0
 
 
 class InstallSnapshot(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag=5):
     """One chunk of a snapshot (§7)."""
 
-    sender: int
-    to: int
-    term: int
-    index: int
-    index_term: int
+    sender: NodeId
+    to: NodeId
+    term: Count
+    index: Count
+    index_term: Count
     configuration: Configuration
-    offset: int
+    offset: Count
     data: bytes
-    total_bytes: int
-    read_round: int = 0
-    stamp_ms: int = 0
+    total_bytes: Count
+    read_round: Count = 0
+    stamp_ms: Count = 0
 
 
 class SnapshotReply(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag=6):
@@ -168,20 +174,20 @@ class SnapshotReply(msgspec.Struct, frozen=True, array_like=True, kw_only=True, 
     The whole snapshot durable is said by an AppendReply with `match_index`.
     """
 
-    sender: int
-    to: int
-    term: int
-    index: int
-    next_offset: int
-    read_round: int = 0
+    sender: NodeId
+    to: NodeId
+    term: Count
+    index: Count
+    next_offset: Count
+    read_round: Count = 0
 
 
 class TimeoutNow(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag=7):
     """Leadership transfer: the receiver is caught up and starts an election at once (§3.10)."""
 
-    sender: int
-    to: int
-    term: int
+    sender: NodeId
+    to: NodeId
+    term: Count
 
 
 Message = (

@@ -33,9 +33,12 @@ class RaftConfig(msgspec.Struct, frozen=True, kw_only=True):
     # (Refusal.OVERLOADED).
     max_uncommitted_bytes: int = 64 << 20
     max_apply_entries: int = 1024  # committed entries handed out by one drain
-    max_read_rounds: int = (
-        4  # ReadIndex rounds under way at once; reads that come meanwhile share the next
-    )
+    max_snapshot_bytes: int = 2 << 30  # a longer one is not taken from a peer
+    # Tell followers of a new commit at once, even when there is no entry to carry it. Off: with the
+    # next entries or heartbeat.
+    eager_commit: bool = True
+    # ReadIndex rounds under way at once; reads that come meanwhile share the next.
+    max_read_rounds: int = 4
 
     def __post_init__(self) -> None:
         if self.node_id < 1:
@@ -49,6 +52,5 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
 
     hard_state: HardState = HardState()
     snapshot: Snapshot = Snapshot()
-    entries: tuple[
-        Entry, ...
-    ] = ()  # contiguous, from snapshot.index + 1 or earlier (then the excess is cut)
+    # Contiguous, from snapshot.index + 1 or earlier (then the excess is cut).
+    entries: tuple[Entry, ...] = ()
