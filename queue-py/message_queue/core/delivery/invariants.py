@@ -1,0 +1,39 @@
+"""What must hold of delivery after every step. Executable; run by tests and the simulation."""
+
+from __future__ import annotations
+
+from message_queue.core.delivery.lifecycle import State
+from message_queue.core.delivery.partition import PartitionDelivery
+
+
+def check(machine: PartitionDelivery) -> None:
+    """Raise AssertionError naming the first invariant that does not hold. O(messages)."""
+    timers = set(machine.timers())
+    for dot, entry in machine.entries.items():
+        # A held message is somewhere.
+        assert entry.dot == dot
+        assert entry.state is not State.GONE
+        # What waits for a moment has a timer no later than that moment.
+        if entry.state in (State.DELAYED, State.LEASED):
+            assert any(d == dot and due <= entry.due_ms for due, d in timers), "no timer"
+        # Who was leased has a receipt of this epoch or an earlier one.
+        assert 0 <= entry.epoch <= machine.epoch
+    for view in machine.views():
+        counted = [0] * len(State)
+        for entry in view.members:
+            counted[entry.state] += 1
+        # The counters are the truth.
+        assert counted == view.counts, f"{view.name}: {view.counts} counted {counted}"
+        assert view.bytes == sum(entry.body_bytes for entry in view.members)
+        # Nobody waits while something is ready for him.
+        ready = view.line_head is not None
+        assert not (ready and view.waiters), "a waiter beside a ready message"
+        assert ready == bool(counted[State.READY]), "a ready message outside the line"
+        # At most one member of a group is in play, and it is the first.
+        for name, head in view.heads.items():
+            members = [e for e in view.members if e.group == name]
+            assert head in members
+            first = min(e.dot for e in members)
+            assert head.dot == first, "a group's head is not its first member"
+            in_play = [e for e in members if e.state not in (State.BEHIND, State.SETTLING)]
+            assert in_play in ([], [head])

@@ -1,0 +1,519 @@
+"""Delivery of one partition's messages by its owner.
+
+Pure: the caller passes `now_ms` (cluster time), and reads what was decided from the return value
+and from `drain`. The machine lives exactly as long as one ownership (epoch) of the partition: the
+messages are rebuilt from the stored records at each takeover, leases and attempts that were
+passed on with `restore_lease`.
+
+Nothing here is durable by itself. `put` is called when a message is stored on a majority; an end
+(ack, expiry, purge) first moves it to SETTLING, the caller makes that durable, then calls `gone`
+(or `unsettle` if it was refused). So a message whose ack is in doubt is never handed out
+meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
+
+from message_queue.core.delivery.lifecycle import ALLOWED, State
+from message_queue.core.delivery.line import Line
+from message_queue.core.delivery.model import (
+    MAX_LEASE_MS,
+    Counts,
+    Ended,
+    Ending,
+    Entry,
+    Grant,
+    Receipt,
+    Settings,
+    Verdict,
+    default_settings,
+)
+
+
+class Waiter(NamedTuple):
+    """A consumer in a long poll."""
+
+    token: int
+    most: int
+    visibility_ms: int | None
+
+
+class QueueView(NamedTuple):
+    """A queue laid open, for `invariants.check`."""
+
+    name: str
+    counts: list[int]
+    bytes: int
+    members: list[Entry]
+    line_head: Entry | None
+    waiters: int
+    heads: dict[str, Entry]
+
+
+class _Group:
+    """The members of one group in order; `head` is the only one that may be delivered."""
+
+    __slots__ = ("behind", "head")
+
+    def __init__(self) -> None:
+        self.head: Entry | None = None
+        self.behind: deque[Entry] = deque()
+
+
+class _Queue:
+    __slots__ = (
+        "arrivals",
+        "bytes",
+        "configured",
+        "counts",
+        "groups",
+        "line",
+        "name",
+        "settings",
+        "waiters",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.settings = default_settings(name)
+        self.configured = False
+        self.line = Line()
+        self.counts = [0] * len(State)
+        self.bytes = 0
+        self.groups: dict[str, _Group] = {}
+        self.waiters: OrderedDict[int, Waiter] = OrderedDict()
+        self.arrivals: deque[Entry] = deque()
+
+    @property
+    def held(self) -> int:
+        return sum(self.counts)
+
+
+class PartitionDelivery:
+    """The queues of one partition, at its owner, in one epoch. No operation costs more than
+    O(log n) amortised, except `browse`, `configure` with a retention, and `purge` (O(messages))."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.entries: dict[int, Entry] = {}
+        self._queues: dict[str, _Queue] = {}
+        self._timers: list[tuple[int, int]] = []
+        """(due_ms, dot), lazily invalid. Invariant: every DELAYED and LEASED entry has a timer at
+        its `due_ms` or earlier, and every entry that can expire one at its expiry or earlier."""
+        self._waiting_in: dict[int, _Queue] = {}
+        self._endings: list[Ending] = []
+        self._grants: list[Grant] = []
+
+    # ── what is stored ──────────────────────────────────────────────────────────────────────────
+
+    def put(self, entry: Entry, now_ms: int) -> None:
+        """A message became durable (or was found at takeover: then in the order of dots)."""
+        if entry.dot in self.entries:
+            return
+        queue = self._queue(entry.queue)
+        self.entries[entry.dot] = entry
+        queue.bytes += entry.body_bytes
+        queue.arrivals.append(entry)
+        expires_ms = self._expires_ms(queue, entry)
+        if expires_ms:
+            heappush(self._timers, (expires_ms, entry.dot))
+        if entry.group is not None:
+            group = queue.groups.get(entry.group)
+            if group is None:
+                group = queue.groups[entry.group] = _Group()
+            if group.head is not None:
+                group.behind.append(entry)
+                entry.state = State.BEHIND
+                queue.counts[State.BEHIND] += 1
+                return
+            group.head = entry
+        entry.state = self._state_on_arrival(entry, now_ms)
+        queue.counts[entry.state] += 1
+        if entry.state is State.READY:
+            queue.line.push(entry)
+            if queue.waiters:
+                self._serve(queue, now_ms)
+
+    def gone(self, dot: int, now_ms: int) -> Entry | None:
+        """A message's end is durable: forget it. Returns what it was, None if nothing was held."""
+        entry = self.entries.pop(dot, None)
+        if entry is None:
+            return None
+        queue = self._queues[entry.queue]
+        if entry.state is not State.SETTLING:
+            self._move(queue, entry, State.SETTLING)
+        self._move(queue, entry, State.GONE)
+        queue.counts[State.GONE] = 0
+        queue.bytes -= entry.body_bytes
+        entry.body = None
+        if entry.group is not None:
+            self._advance(queue, entry.group, entry, now_ms)
+        arrivals = queue.arrivals
+        while arrivals and arrivals[0].state is State.GONE:
+            arrivals.popleft()
+        held = queue.held
+        if len(arrivals) > 2 * held + 64:
+            queue.arrivals = deque(e for e in arrivals if e.state is not State.GONE)
+            queue.line.trim(held)
+        if not held and not queue.waiters and not queue.configured:
+            del self._queues[queue.name]
+        if len(self._timers) > 4 * len(self.entries) + 1024:
+            self._trim_timers()
+        return entry
+
+    def restore_lease(
+        self, dot: int, receipt: Receipt, due_ms: int, leased_ms: int, now_ms: int
+    ) -> None:
+        """At takeover: the previous owner had leased `dot` until `due_ms`."""
+        entry = self.entries.get(dot)
+        if entry is None or entry.state is not State.READY:
+            return
+        entry.epoch, entry.attempt = receipt.epoch, receipt.attempt
+        if due_ms > now_ms:
+            entry.leased_ms = leased_ms
+            self._lease_until(self._queues[entry.queue], entry, due_ms)
+
+    def configure(self, queue_name: str, settings: Settings | None, now_ms: int) -> None:
+        """New settings of a queue (None: back to the defaults)."""
+        queue = self._queue(queue_name)
+        queue.configured = settings is not None
+        queue.settings = settings or default_settings(queue_name)
+        if queue.settings.retention_ms is not None:
+            for entry in queue.arrivals:
+                if entry.state is not State.GONE:
+                    heappush(self._timers, (self._expires_ms(queue, entry), entry.dot))
+        self._drop_if_idle(queue)
+
+    # ── what consumers ask ──────────────────────────────────────────────────────────────────────
+
+    def take(
+        self, queue_name: str, most: int, visibility_ms: int | None, now_ms: int
+    ) -> list[Entry]:
+        """Lease up to `most` messages; the queue's visibility when `visibility_ms` is None."""
+        queue = self._queues.get(queue_name)
+        if queue is None or queue.waiters:
+            # Those who wait came first; a ready message would already be theirs.
+            return []
+        return self._take(queue, most, visibility_ms, now_ms)
+
+    def wait(self, token: int, queue_name: str, most: int, visibility_ms: int | None) -> None:
+        """Stand in line; a `Grant` with this token comes out of `drain` once."""
+        queue = self._queue(queue_name)
+        queue.waiters[token] = Waiter(token, most, visibility_ms)
+        self._waiting_in[token] = queue
+
+    def cancel(self, token: int) -> None:
+        """Leave the line (time over, or the client went away). Harmless when no longer in it."""
+        queue = self._waiting_in.pop(token, None)
+        if queue is not None:
+            del queue.waiters[token]
+            self._drop_if_idle(queue)
+
+    def release(self, dot: int, receipt: Receipt, now_ms: int) -> None:
+        """Undo a delivery that never reached its consumer: it was no attempt."""
+        entry = self.entries.get(dot)
+        if entry is None or entry.state is not State.LEASED:
+            return
+        if receipt != Receipt(entry.epoch, entry.attempt):
+            return
+        entry.attempt -= 1
+        self._ready(self._queues[entry.queue], entry, now_ms)
+
+    def settle(self, dot: int, receipt: Receipt | None) -> Verdict:
+        """Begin to end a message for a consumer: DONE moves it to SETTLING."""
+        entry = self.entries.get(dot)
+        if entry is None:
+            return Verdict.UNKNOWN
+        if entry.state is State.SETTLING:
+            return Verdict.SETTLING
+        if self._overtaken(entry, receipt):
+            return Verdict.OVERTAKEN
+        self._move(self._queues[entry.queue], entry, State.SETTLING)
+        return Verdict.DONE
+
+    def unsettle(self, dot: int, now_ms: int) -> None:
+        """The end was refused for certain: the message stands where it stood."""
+        entry = self.entries.get(dot)
+        if entry is None or entry.state is not State.SETTLING:
+            return
+        queue = self._queues[entry.queue]
+        if entry.group is not None and queue.groups[entry.group].head is not entry:
+            self._move(queue, entry, State.BEHIND)
+            if expires_ms := self._expires_ms(queue, entry):
+                heappush(self._timers, (expires_ms, dot))
+        elif entry.due_ms > now_ms and entry.attempt:
+            self._lease_until(queue, entry, entry.due_ms)
+        else:
+            self._ready(queue, entry, now_ms)
+
+    def nack(self, dot: int, receipt: Receipt | None, delay_ms: int, now_ms: int) -> Verdict:
+        """Give a message back, to be delivered again after `delay_ms`."""
+        entry = self.entries.get(dot)
+        if entry is None:
+            return Verdict.UNKNOWN
+        if entry.state is State.SETTLING:
+            return Verdict.SETTLING
+        if self._overtaken(entry, receipt):
+            return Verdict.OVERTAKEN
+        queue = self._queues[entry.queue]
+        if entry.state is State.LEASED and self._exhausted(queue, entry):
+            self._end(queue, entry, Ended.EXHAUSTED)
+        elif entry.state in (State.LEASED, State.READY):
+            if delay_ms > 0:
+                self._delay_until(queue, entry, now_ms + delay_ms)
+            elif entry.state is State.LEASED:
+                self._ready(queue, entry, now_ms)
+        return Verdict.DONE
+
+    def extend(self, dot: int, receipt: Receipt | None, visibility_ms: int, now_ms: int) -> Verdict:
+        """Let a lease end `visibility_ms` from now. A lease that ended while nobody else took
+        the message is taken up again: its holder still is the only one."""
+        entry = self.entries.get(dot)
+        if entry is None:
+            return Verdict.UNKNOWN
+        if entry.state is State.SETTLING:
+            return Verdict.SETTLING
+        if self._overtaken(entry, receipt):
+            return Verdict.OVERTAKEN
+        if entry.state not in (State.LEASED, State.READY) or not entry.attempt:
+            return Verdict.NOT_LEASED
+        if now_ms + visibility_ms > entry.leased_ms + MAX_LEASE_MS:
+            return Verdict.TOO_LONG
+        if visibility_ms == 0:
+            return self.nack(dot, receipt, 0, now_ms)
+        self._lease_until(self._queues[entry.queue], entry, now_ms + visibility_ms)
+        return Verdict.DONE
+
+    def browse(self, queue_name: str, most: int) -> list[Entry]:
+        """Ready messages in the order of delivery, without leasing them."""
+        queue = self._queues.get(queue_name)
+        return queue.line.browse(most) if queue else []
+
+    def purge(self, queue_name: str) -> list[int]:
+        """Move every message of a queue to SETTLING; returns those that were not already."""
+        queue = self._queues.get(queue_name)
+        if queue is None:
+            return []
+        ending = [e for e in queue.arrivals if e.state not in (State.GONE, State.SETTLING)]
+        for entry in ending:
+            self._move(queue, entry, State.SETTLING)
+        return [entry.dot for entry in ending]
+
+    # ── what is asked about queues ──────────────────────────────────────────────────────────────
+
+    def queue_names(self) -> list[str]:
+        """Queues that hold a message or were configured."""
+        return [q.name for q in self._queues.values() if q.configured or q.held]
+
+    def settings(self, queue_name: str) -> Settings:
+        """In force for a queue, whether it exists or not."""
+        queue = self._queues.get(queue_name)
+        return queue.settings if queue else default_settings(queue_name)
+
+    def length(self, queue_name: str) -> int:
+        """Messages held, whatever their state. O(1)."""
+        queue = self._queues.get(queue_name)
+        return queue.held if queue else 0
+
+    def counts(self, queue_name: str) -> Counts:
+        """Figures of a queue, zeros for one that does not exist."""
+        queue = self._queues.get(queue_name)
+        if queue is None:
+            return Counts(0, 0, 0, 0, None, 0)
+        at = queue.counts
+        return Counts(
+            ready=at[State.READY] + at[State.BEHIND],
+            in_flight=at[State.LEASED] + at[State.SETTLING],
+            delayed=at[State.DELAYED],
+            bytes=queue.bytes,
+            oldest_ms=queue.arrivals[0].enqueued_ms if queue.arrivals else None,
+            waiters=len(queue.waiters),
+        )
+
+    # ── time ────────────────────────────────────────────────────────────────────────────────────
+
+    def next_due_ms(self) -> int | None:
+        """When `tick` next has something to do (or a little earlier); None: never."""
+        return self._timers[0][0] if self._timers else None
+
+    def tick(self, now_ms: int) -> None:
+        """Let delays, leases and lifetimes end whose time has come."""
+        timers = self._timers
+        while timers and timers[0][0] <= now_ms:
+            _, dot = heappop(timers)
+            entry = self.entries.get(dot)
+            if entry is None:
+                continue
+            queue = self._queues[entry.queue]
+            match entry.state:
+                case State.DELAYED if entry.due_ms <= now_ms:
+                    self._ready(queue, entry, now_ms)
+                case State.LEASED if entry.due_ms <= now_ms:
+                    if self._exhausted(queue, entry):
+                        self._end(queue, entry, Ended.EXHAUSTED)
+                    else:
+                        self._ready(queue, entry, now_ms)
+                case State.READY | State.DELAYED | State.BEHIND:
+                    if self._expired(queue, entry, now_ms):
+                        self._end(queue, entry, Ended.EXPIRED)
+                case _:
+                    pass  # LEASED: its consumer may finish; SETTLING: already leaving.
+
+    def drain(self) -> tuple[list[Grant], list[Ending]]:
+        """What was decided since the last call: messages for waiters, and ends to make durable."""
+        grants, self._grants = self._grants, []
+        endings, self._endings = self._endings, []
+        return grants, endings
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def _queue(self, name: str) -> _Queue:
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = _Queue(name)
+        return queue
+
+    def _drop_if_idle(self, queue: _Queue) -> None:
+        """A queue that nobody configured, fills or waits for leaves no trace."""
+        if not queue.held and not queue.waiters and not queue.configured:
+            self._queues.pop(queue.name, None)
+
+    def _move(self, queue: _Queue, entry: Entry, state: State) -> None:
+        if state not in ALLOWED[entry.state]:
+            raise AssertionError(f"{entry.state.name} to {state.name}")
+        queue.counts[entry.state] -= 1
+        queue.counts[state] += 1
+        entry.state = state
+
+    def _state_on_arrival(self, entry: Entry, now_ms: int) -> State:
+        if entry.ready_at_ms <= now_ms:
+            return State.READY
+        entry.due_ms = entry.ready_at_ms
+        heappush(self._timers, (entry.due_ms, entry.dot))
+        return State.DELAYED
+
+    def _ready(self, queue: _Queue, entry: Entry, now_ms: int) -> None:
+        self._move(queue, entry, State.READY)
+        if self._expired(queue, entry, now_ms):
+            self._end(queue, entry, Ended.EXPIRED)
+            return
+        queue.line.push(entry)
+        if queue.waiters:
+            self._serve(queue, now_ms)
+
+    def _delay_until(self, queue: _Queue, entry: Entry, due_ms: int) -> None:
+        self._move(queue, entry, State.DELAYED)
+        entry.due_ms = due_ms
+        heappush(self._timers, (due_ms, entry.dot))
+
+    def _lease_until(self, queue: _Queue, entry: Entry, due_ms: int) -> None:
+        self._move(queue, entry, State.LEASED)
+        entry.due_ms = due_ms
+        heappush(self._timers, (due_ms, entry.dot))
+
+    def _take(
+        self, queue: _Queue, most: int, visibility_ms: int | None, now_ms: int
+    ) -> list[Entry]:
+        lease_ms = queue.settings.visibility_ms if visibility_ms is None else visibility_ms
+        taken: list[Entry] = []
+        while len(taken) < most:
+            entry = queue.line.peek()
+            if entry is None:
+                break
+            if self._expired(queue, entry, now_ms):
+                self._end(queue, entry, Ended.EXPIRED)
+                continue
+            entry.epoch = self.epoch
+            entry.attempt += 1
+            entry.leased_ms = now_ms
+            self._lease_until(queue, entry, now_ms + lease_ms)
+            taken.append(entry)
+        return taken
+
+    def _serve(self, queue: _Queue, now_ms: int) -> None:
+        """Hand ready messages to those who wait, first come, first served."""
+        while queue.waiters:
+            token = next(iter(queue.waiters))
+            waiter = queue.waiters[token]
+            taken = self._take(queue, waiter.most, waiter.visibility_ms, now_ms)
+            if not taken:
+                return
+            del queue.waiters[token]
+            del self._waiting_in[waiter.token]
+            self._grants.append(Grant(waiter.token, taken))
+
+    def _advance(self, queue: _Queue, name: str, left: Entry, now_ms: int) -> None:
+        """A member of a group left: if it was the head, the next one's turn comes."""
+        group = queue.groups[name]
+        if group.head is not left:
+            return
+        while group.behind:
+            head = group.behind.popleft()
+            if head.state is State.GONE:
+                continue
+            group.head = head
+            if head.state is State.SETTLING:
+                return
+            if head.ready_at_ms > now_ms:
+                self._delay_until(queue, head, head.ready_at_ms)
+            else:
+                self._ready(queue, head, now_ms)
+            return
+        del queue.groups[name]
+
+    def _overtaken(self, entry: Entry, receipt: Receipt | None) -> bool:
+        """Whether a later delivery than the receipt's exists. A receipt of an earlier owner whose
+        lease was forgotten is still good while nobody else has the message."""
+        return receipt is not None and receipt < Receipt(entry.epoch, entry.attempt)
+
+    def _exhausted(self, queue: _Queue, entry: Entry) -> bool:
+        most = queue.settings.max_deliveries
+        return most is not None and entry.attempt >= most
+
+    def _expires_ms(self, queue: _Queue, entry: Entry) -> int:
+        """When its lifetime ends, by its own ttl or the queue's retention; 0: never."""
+        if queue.settings.retention_ms is None:
+            return entry.expires_ms
+        kept_until = entry.enqueued_ms + queue.settings.retention_ms
+        return min(entry.expires_ms, kept_until) if entry.expires_ms else kept_until
+
+    def _expired(self, queue: _Queue, entry: Entry, now_ms: int) -> bool:
+        expires_ms = self._expires_ms(queue, entry)
+        return bool(expires_ms) and expires_ms <= now_ms
+
+    def _end(self, queue: _Queue, entry: Entry, reason: Ended) -> None:
+        self._move(queue, entry, State.SETTLING)
+        self._endings.append(Ending(entry, reason))
+
+    def _trim_timers(self) -> None:
+        """Drop timers of messages that are gone. Amortised O(1): at least 3/4 of them are stale."""
+        kept: set[tuple[int, int]] = set()
+        for due_ms, dot in self._timers:
+            if dot in self.entries:
+                kept.add((due_ms, dot))
+        self._timers = list(kept)
+        heapify(self._timers)
+
+    # ── for invariants ──────────────────────────────────────────────────────────────────────────
+
+    def timers(self) -> list[tuple[int, int]]:
+        """(due_ms, dot) of every timer, stale ones too."""
+        return list(self._timers)
+
+    def views(self) -> list[QueueView]:
+        """What `invariants.check` looks at."""
+        return [
+            QueueView(
+                name=queue.name,
+                counts=list(queue.counts),
+                bytes=queue.bytes,
+                members=[e for e in self.entries.values() if e.queue == queue.name],
+                line_head=queue.line.peek(),
+                waiters=len(queue.waiters),
+                heads={name: g.head for name, g in queue.groups.items() if g.head is not None},
+            )
+            for queue in self._queues.values()
+        ]

@@ -1,0 +1,57 @@
+"""Message ids: readable, and never mistaken for one another.
+
+`3f-1c2-7-9ad1` is partition 0x3f, epoch 0x1c2, sequence number 7 and a check. The id names its
+partition, so any node knows whom to ask; the check tells an id that was issued from one that
+somebody made up or mistyped: the causal context also covers records that are no messages.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from zlib import crc32
+
+SEQ_BITS = 40
+_SEQ_MASK = (1 << SEQ_BITS) - 1
+MAX_EPOCH = 1 << 53
+
+
+class MessageName(NamedTuple):
+    """What an id says."""
+
+    partition: int
+    dot: int
+
+
+def pack_dot(epoch: int, seq: int) -> int:
+    """A dot as one integer that sorts like (epoch, seq). An epoch has fewer than 2**40 records."""
+    return epoch << SEQ_BITS | seq
+
+
+def unpack_dot(dot: int) -> tuple[int, int]:
+    """(epoch, seq) of a packed dot."""
+    return dot >> SEQ_BITS, dot & _SEQ_MASK
+
+
+def message_id(partition: int, dot: int) -> str:
+    """The id that clients see."""
+    name = f"{partition:x}-{dot >> SEQ_BITS:x}-{dot & _SEQ_MASK:x}"
+    return f"{name}-{crc32(name.encode()) & 0xFFFF:04x}"
+
+
+def parse_id(text: str) -> MessageName | None:
+    """What `message_id` gave, or None: such an id was never issued."""
+    if len(text) > 64:
+        return None
+    name, _, check = text.rpartition("-")
+    parts = name.split("-")
+    if len(parts) != 3 or f"{crc32(name.encode()) & 0xFFFF:04x}" != check:
+        return None
+    try:
+        partition, epoch, seq = (int(part, 16) for part in parts)
+    except ValueError:
+        return None
+    if f"{partition:x}-{epoch:x}-{seq:x}" != name or not 0 < epoch <= MAX_EPOCH:
+        return None
+    if not 0 < seq <= _SEQ_MASK or partition >= 4096:
+        return None
+    return MessageName(partition, pack_dot(epoch, seq))

@@ -1,0 +1,1 @@
+"""What the node keeps: one segmented log, its index, recovery and compaction."""

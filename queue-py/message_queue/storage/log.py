@@ -1,0 +1,415 @@
+"""One append-only log per node, in segments, with group commit.
+
+```
+append ──▶ waiting ──▶ [ one write + one fdatasync ] ──▶ on_durable, in order
+              ▲                    │
+              └── gathers meanwhile┘      (no timer: a batch is what came while the disk was busy)
+```
+
+Theory of operation. A single writer drains everything that waits into one write and one sync, then
+reports the records in the order in which they were appended. A record is reported only when it
+and all records before it are durable. Failures:
+
+* **A write fails** (disk full, I/O error): the batch was not reported, so nothing is lost. The
+  segment is cut back to its last synced byte and closed, and the batch is written again to a
+  *new* segment. A full disk first gives its reserve file back, so that acks (which free space)
+  still fit; until the reserve can be made again `trouble` is set and the node refuses new
+  messages.
+* **A sync fails**: what the kernel still holds of this file can no longer be trusted, and a
+  second fsync would report success about pages already dropped (Rebello et al., "Can Applications
+  Recover from fsync Failures?", 2020). So it is never repeated on that file: the batch, which is
+  still in memory, goes to a new segment. A second failure in a row, or any failure when records
+  were reported before they were synced (`--fsync interval`), halts the node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import aiofiles
+from aiofiles.os import wrap
+from aiofiles.threadpool.binary import AsyncFileIO
+
+from message_queue.storage import files
+from message_queue.storage.framing import HEADER, frame, frame_at
+
+T = TypeVar("T")
+
+RESERVE_BYTES = 8 * 1024 * 1024
+SYNC_INTERVAL_S = 0.1
+MAX_BATCH_BYTES = 8 * 1024 * 1024
+_RETRY_FIRST_S = 0.02
+_RETRY_MOST_S = 1.0
+
+
+class Fsync(StrEnum):
+    """When a record counts as stored: synced, synced within 100 ms, or handed to the kernel."""
+
+    ALWAYS = "always"
+    INTERVAL = "interval"
+    NEVER = "never"
+
+
+class Trouble(StrEnum):
+    """Why the node takes no new messages."""
+
+    FULL = "Disk full"
+    FAILING = "Disk failing"
+
+
+class DamagedRecord(Exception):
+    """A record that was stored is no longer readable (its CRC fails)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Durable(Generic[T]):
+    """A record that reached the disk: what the caller gave, and where it lies."""
+
+    token: T
+    locator: int
+
+
+def locate(segment: int, offset: int, length: int) -> int:
+    """Segment, byte offset and frame length in one integer (three times smaller than a tuple)."""
+    return segment << 64 | offset << 32 | length
+
+
+def segment_of(locator: int) -> int:
+    """The segment that a locator points into."""
+    return locator >> 64
+
+
+def span_of(locator: int) -> tuple[int, int]:
+    """(offset, length) of the frame that a locator points at."""
+    return locator >> 32 & 0xFFFFFFFF, locator & 0xFFFFFFFF
+
+
+def segment_path(directory: Path, segment: int) -> Path:
+    """The file of a segment."""
+    return directory / f"segment-{segment:08d}.log"
+
+
+def segments_in(directory: Path) -> list[int]:
+    """Numbers of the segments in a directory, oldest first."""
+    names = (path.stem.removeprefix("segment-") for path in directory.glob("segment-*.log"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+class SegmentLog(Generic[T]):
+    """The writer. Call `start` once with the running loop, `append` at will, `close` at the end.
+
+    `on_durable(records)` is called in order; `on_halt(reason)` at most once, after which nothing is
+    reported any more and the process must stop; `on_trouble(trouble)` when new messages
+    must be refused (or None: no longer).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        segment_bytes: int,
+        fsync: Fsync,
+        on_durable: Callable[[list[Durable[T]]], None],
+        on_halt: Callable[[str], None],
+        on_trouble: Callable[[Trouble | None], None],
+        reserve_bytes: int = RESERVE_BYTES,
+    ) -> None:
+        self.directory = directory
+        self.segment_bytes = segment_bytes
+        self.sizes: dict[int, int] = {}
+        """Bytes of every segment on disk. Invariant: the last key is the one being written."""
+        self.trouble: Trouble | None = None
+        self.queued_bytes = 0
+        """Bytes appended and not yet reported; the node's backpressure."""
+        self.syncs = 0
+        self._fsync = fsync
+        self._on_durable = on_durable
+        self._on_halt = on_halt
+        self._on_trouble = on_trouble
+        self._reserve_bytes = reserve_bytes
+        self._reserve = directory / "reserve"
+        self._waiting: list[tuple[bytes, T]] = []
+        self._wake = asyncio.Event()
+        self._file: AsyncFileIO | None = None
+        self._segment = 0
+        self._synced_size = 0
+        self._writer: asyncio.Task[None] | None = None
+        self._minder: asyncio.Task[None] | None = None
+        self._closing = False
+        self._halted = False
+        # One thread writes, one reads: a slow read of an old segment never delays a commit.
+        self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="log-writer")
+        self._read_thread = ThreadPoolExecutor(1, thread_name_prefix="log-reader")
+        self._write_and_sync = wrap(self._write_and_sync_blocking)
+
+    async def start(self, sizes: dict[int, int]) -> None:
+        """Open a fresh segment after those recovered (`sizes`) and start the writer."""
+        self.sizes = dict(sorted(sizes.items()))
+        self._segment = max(self.sizes, default=0)
+        # On a small disk the reserve is a small part of it.
+        free = await wrap(files.free_bytes)(self.directory)
+        self._reserve_bytes = max(64 * 1024, min(self._reserve_bytes, free // 16))
+        await self._make_reserve()
+        await self._next_segment()
+        self._writer = asyncio.create_task(self._write_loop(), name="log-writer")
+        self._minder = asyncio.create_task(self._mind_loop(), name="log-minder")
+
+    def append(self, payload: bytes, token: T) -> None:
+        """Queue a record; `on_durable` names it by `token`. ValueError when it is too long."""
+        framed = frame(payload)
+        self._waiting.append((framed, token))
+        self.queued_bytes += len(framed)
+        self._wake.set()
+
+    async def read(self, locators: list[int]) -> list[bytes]:
+        """Payloads read back from disk, in the order asked. Raises DamagedRecord or OSError."""
+        by_segment: dict[int, list[int]] = {}
+        for index, locator in enumerate(locators):
+            by_segment.setdefault(segment_of(locator), []).append(index)
+        read_at = wrap(files.read_at)
+        found: list[bytes] = [b""] * len(locators)
+        for segment, indices in by_segment.items():
+            spans = [span_of(locators[index]) for index in indices]
+            path = segment_path(self.directory, segment)
+            parts = await read_at(path, spans, executor=self._read_thread)
+            for index, part in zip(indices, parts, strict=True):
+                good = frame_at(part, 0)
+                if good is None or good.end != span_of(locators[index])[1]:
+                    raise DamagedRecord(f"{path.name} at byte {span_of(locators[index])[0]}")
+                found[index] = good.payload
+        return found
+
+    async def read_segment(self, segment: int) -> bytes:
+        """A whole closed segment (for rewriting it)."""
+        read_bytes = wrap(Path.read_bytes)
+        path = segment_path(self.directory, segment)
+        data: bytes = await read_bytes(path, executor=self._read_thread)
+        return data
+
+    async def delete(self, segment: int) -> None:
+        """Remove a closed segment from the disk. The open one is never removed."""
+        if (segment == self._segment and self._file is not None) or segment not in self.sizes:
+            return
+        del self.sizes[segment]
+        unlink = wrap(Path.unlink)
+        await unlink(
+            segment_path(self.directory, segment), missing_ok=True, executor=self._read_thread
+        )
+
+    @property
+    def segment(self) -> int:
+        """The segment being written."""
+        return self._segment
+
+    async def close(self) -> None:
+        """Write and sync what waits, then stop. A full disk is not waited for."""
+        self._closing = True
+        self._wake.set()
+        if self._minder is not None:
+            self._minder.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._minder
+        if self._writer is not None:
+            done, _ = await asyncio.wait({self._writer}, timeout=2)
+            if not done:
+                self._writer.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._writer
+        if self._file is not None:
+            await self._file.close()
+        self._write_thread.shutdown(wait=False)
+        self._read_thread.shutdown(wait=False)
+
+    # ── the writer ──────────────────────────────────────────────────────────────────────────────
+
+    async def _write_loop(self) -> None:
+        while not self._halted:
+            if not self._waiting:
+                if self._closing:
+                    break
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            batch = self._take()
+            if not await self._commit(batch):
+                return
+        if self._fsync is not Fsync.NEVER and not self._halted:
+            await self._sync_now()
+
+    def _take(self) -> list[tuple[bytes, T]]:
+        """Everything that waits, as far as it fits into one write."""
+        total = 0
+        for count, (framed, _) in enumerate(self._waiting):
+            total += len(framed)
+            if total > MAX_BATCH_BYTES and count:
+                batch, self._waiting = self._waiting[:count], self._waiting[count:]
+                return batch
+        batch, self._waiting = self._waiting, []
+        return batch
+
+    async def _commit(self, batch: list[tuple[bytes, T]]) -> bool:
+        """Make a batch durable, however long the disk takes. False: the node halts."""
+        data = b"".join([framed for framed, _ in batch])
+        retry_s = _RETRY_FIRST_S
+        failed_syncs = 0
+        while True:
+            try:
+                if self._file is None or self._would_overflow(len(data)):
+                    await self._next_segment()
+                assert self._file is not None  # noqa: S101 - _next_segment opened it
+                await self._write_and_sync(self._file.fileno(), data, executor=self._write_thread)
+                break
+            except _SyncFailed as failure:
+                failed_syncs += 1
+                if failed_syncs > 1 or self._fsync is not Fsync.ALWAYS:
+                    self._halt(f"fdatasync failed ({failure}); unsynced records cannot be trusted")
+                    return False
+                await self._abandon()
+            except OSError as failure:
+                await self._abandon()
+                await self._give_back_reserve(failure)
+                if self._closing:
+                    self._halt(f"stopped with unwritten records: {failure}")
+                    return False
+                await asyncio.sleep(retry_s)
+                retry_s = min(retry_s * 2, _RETRY_MOST_S)
+        offset = self.sizes[self._segment]
+        written = []
+        for framed, token in batch:
+            written.append(Durable(token, locate(self._segment, offset, len(framed))))
+            offset += len(framed)
+        self.sizes[self._segment] = offset
+        if self._fsync is not Fsync.INTERVAL:
+            self._synced_size = offset
+        self.queued_bytes -= len(data)
+        self._on_durable(written)
+        return True
+
+    def _would_overflow(self, more: int) -> bool:
+        size = self.sizes[self._segment]
+        return size > len(HEADER) and size + more > self.segment_bytes
+
+    def _write_and_sync_blocking(self, descriptor: int, data: bytes) -> None:
+        files.write_all(descriptor, data)
+        if self._fsync is Fsync.ALWAYS:
+            try:
+                files.sync_data(descriptor)
+            except OSError as failure:
+                raise _SyncFailed(str(failure)) from failure
+            self.syncs += 1
+
+    async def _next_segment(self) -> None:
+        """Close the open segment and begin the next one, its name durable before any record."""
+        if self._file is not None:
+            if self._fsync is Fsync.INTERVAL:
+                await self._sync_now()
+            await self._file.close()
+            self._file = None
+        number = self._segment + 1
+        path = segment_path(self.directory, number)
+        file = await aiofiles.open(path, "wb", buffering=0, executor=self._write_thread)
+        try:
+            await self._write_and_sync(file.fileno(), HEADER, executor=self._write_thread)
+            sync_directory = wrap(files.sync_directory)
+            await sync_directory(self.directory, executor=self._write_thread)
+        except (OSError, _SyncFailed) as failure:
+            await file.close()
+            await wrap(Path.unlink)(path, missing_ok=True, executor=self._write_thread)
+            raise OSError(getattr(failure, "errno", None) or errno.EIO, str(failure)) from failure
+        self._file, self._segment = file, number
+        self.sizes[number] = self._synced_size = len(HEADER)
+
+    async def _abandon(self) -> None:
+        """Leave the open segment at its last durable byte; the next write begins another."""
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        good = self.sizes[self._segment]
+        # Whether the cut succeeds does not matter for safety: the batch is written again after it,
+        # and a second copy of a record is harmless. It only spares a false alarm at the next start.
+        truncate = wrap(os.ftruncate)
+        with suppress(OSError):
+            await truncate(file.fileno(), good, executor=self._write_thread)
+        with suppress(OSError):
+            await file.close()
+        if good == len(HEADER):
+            with suppress(OSError):
+                await self.delete(self._segment)
+
+    async def _sync_now(self) -> None:
+        if self._file is None or self._synced_size == self.sizes[self._segment]:
+            return
+        segment, size = self._segment, self.sizes[self._segment]
+        sync_data = wrap(files.sync_data)
+        try:
+            await sync_data(self._file.fileno(), executor=self._write_thread)
+        except OSError as failure:
+            self._halt(f"fdatasync failed ({failure}); records already confirmed may be lost")
+            return
+        self.syncs += 1
+        if segment == self._segment:
+            self._synced_size = size
+
+    def _halt(self, reason: str) -> None:
+        if not self._halted:
+            self._halted = True
+            self._on_halt(reason)
+
+    # ── space ───────────────────────────────────────────────────────────────────────────────────
+
+    async def _mind_loop(self) -> None:
+        """Sync on the interval, watch the free space, and win the reserve back."""
+        ticks = 0
+        while True:
+            await asyncio.sleep(SYNC_INTERVAL_S)
+            if self._fsync is Fsync.INTERVAL:
+                await self._sync_now()
+            ticks += 1
+            if ticks % 5 == 0:
+                await self._mind_space()
+
+    async def _mind_space(self) -> None:
+        free_bytes = wrap(files.free_bytes)
+        free = await free_bytes(self.directory, executor=self._read_thread)
+        if self.trouble is None:
+            if free < self._reserve_bytes:
+                self._set_trouble(Trouble.FULL)
+        elif not self._waiting and free >= 2 * self._reserve_bytes and await self._make_reserve():
+            self._set_trouble(None)
+
+    async def _make_reserve(self) -> bool:
+        """Own the reserve file. False when the disk has no room for it."""
+        reserve = wrap(files.reserve)
+        try:
+            await reserve(self._reserve, self._reserve_bytes, executor=self._read_thread)
+        except OSError:
+            self._set_trouble(Trouble.FULL)
+            return False
+        return True
+
+    async def _give_back_reserve(self, failure: OSError) -> None:
+        full = failure.errno in (errno.ENOSPC, errno.EDQUOT)
+        # EFBIG is a limit on one file (RLIMIT_FSIZE, FAT): the next segment is another file.
+        if failure.errno != errno.EFBIG:
+            self._set_trouble(Trouble.FULL if full else Trouble.FAILING)
+        if full:
+            unlink = wrap(Path.unlink)
+            await unlink(self._reserve, missing_ok=True, executor=self._write_thread)
+
+    def _set_trouble(self, trouble: Trouble | None) -> None:
+        if trouble is not self.trouble:
+            self.trouble = trouble
+            self._on_trouble(trouble)
+
+
+class _SyncFailed(Exception):
+    pass

@@ -1,0 +1,248 @@
+"""Delivery against a model so naive that it is obviously right: a list, searched from the front."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from message_queue.core.delivery.invariants import check
+from message_queue.core.delivery.lifecycle import State
+from message_queue.core.delivery.model import Ended, Entry, Receipt, Settings, Verdict
+from message_queue.core.delivery.partition import PartitionDelivery
+
+QUEUES = ["a", "b"]
+
+
+@dataclass
+class Naive:
+    """One message of the model; `where` is ready, delayed, leased or settling."""
+
+    dot: int
+    queue: str
+    priority: int
+    group: str | None
+    ready_at: int
+    expires: int
+    where: str = "ready"
+    due: int = 0
+    attempt: int = 0
+
+
+@dataclass
+class Model:
+    messages: list[Naive] = field(default_factory=list)
+    max_deliveries: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(QUEUES, 5))
+    ended: list[tuple[int, Ended]] = field(default_factory=list)
+
+    def blocked(self, m: Naive) -> bool:
+        return m.group is not None and any(
+            o.dot < m.dot and o.queue == m.queue and o.group == m.group for o in self.messages
+        )
+
+    def tick(self, now: int) -> None:
+        for m in self.messages:
+            if m.where == "leased" and m.due <= now:
+                self.give_back(m, now)
+            elif m.where == "delayed" and m.due <= now:
+                m.where = "ready"
+            if m.where in ("ready", "delayed") and m.expires and m.expires <= now:
+                m.where = "settling"
+                self.ended.append((m.dot, Ended.EXPIRED))
+
+    def give_back(self, m: Naive, now: int, delay: int = 0) -> None:
+        most = self.max_deliveries[m.queue]
+        if most is not None and m.attempt >= most:
+            m.where = "settling"
+            self.ended.append((m.dot, Ended.EXHAUSTED))
+        else:
+            m.where, m.due = ("delayed", now + delay) if delay else ("ready", 0)
+
+    def order(self, queue: str) -> list[Naive]:
+        ready = [
+            m
+            for m in self.messages
+            if m.queue == queue and m.where == "ready" and not self.blocked(m)
+        ]
+        return sorted(ready, key=lambda m: (-m.priority, m.dot))
+
+
+class DeliveryMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1_000
+        self.sut = PartitionDelivery(epoch=3)
+        self.model = Model()
+        self.next_dot = 1
+        self.receipts: list[tuple[int, Receipt]] = []
+
+    def settle_endings(self) -> None:
+        grants, endings = self.sut.drain()
+        assert not grants
+        found = [(e.entry.dot, e.reason) for e in endings]
+        assert sorted(found) == sorted(self.model.ended)
+        self.model.ended.clear()
+
+    def pick(self, draw: st.DataObject) -> Naive:
+        return draw.draw(st.sampled_from(self.model.messages))
+
+    @rule(
+        queue=st.sampled_from(QUEUES),
+        priority=st.integers(0, 3),
+        group=st.sampled_from([None, None, "g", "h"]),
+        delay=st.sampled_from([0, 0, 5, 20]),
+        ttl=st.sampled_from([0, 0, 30]),
+    )
+    def put(self, queue: str, priority: int, group: str | None, delay: int, ttl: int) -> None:
+        dot, self.next_dot = self.next_dot, self.next_dot + 1
+        ready_at = self.now + delay if delay else 0
+        expires = self.now + ttl if ttl else 0
+        self.sut.put(
+            Entry(
+                dot=dot,
+                queue=queue,
+                body=b"1",
+                body_bytes=1,
+                enqueued_ms=self.now,
+                group=group,
+                priority=priority,
+                ready_at_ms=ready_at,
+                expires_ms=expires,
+            ),
+            self.now,
+        )
+        where = "delayed" if delay else "ready"
+        self.model.messages.append(
+            Naive(dot, queue, priority, group, ready_at, expires, where, ready_at)
+        )
+
+    @rule(
+        queue=st.sampled_from(QUEUES), most=st.integers(1, 3), visibility=st.sampled_from([5, 20])
+    )
+    def take(self, queue: str, most: int, visibility: int) -> None:
+        expected = []
+        while len(expected) < most and (line := self.model.order(queue)):
+            m = line[0]
+            m.where, m.due, m.attempt = "leased", self.now + visibility, m.attempt + 1
+            expected.append(m.dot)
+        taken = self.sut.take(queue, most, visibility, self.now)
+        assert [e.dot for e in taken] == expected
+        self.receipts += [(e.dot, Receipt(e.epoch, e.attempt)) for e in taken]
+
+    @rule(queue=st.sampled_from(QUEUES), most=st.integers(1, 4))
+    def browse(self, queue: str, most: int) -> None:
+        expected = [m.dot for m in self.model.order(queue)][:most]
+        assert [e.dot for e in self.sut.browse(queue, most)] == expected
+
+    @rule(step=st.integers(1, 12))
+    def pass_time(self, step: int) -> None:
+        # One millisecond at a time, as the model knows no order within a longer stretch.
+        for _ in range(step):
+            self.now += 1
+            self.model.tick(self.now)
+            self.sut.tick(self.now)
+        self.settle_endings()
+
+    @precondition(lambda self: self.receipts)
+    @rule(data=st.data(), delay=st.sampled_from([0, 7]))
+    def nack(self, data: st.DataObject, delay: int) -> None:
+        dot, receipt = data.draw(st.sampled_from(self.receipts))
+        verdict = self.sut.nack(dot, receipt, delay, self.now)
+        m = next((m for m in self.model.messages if m.dot == dot), None)
+        if m is None:
+            assert verdict is Verdict.UNKNOWN
+        elif m.where == "settling":
+            assert verdict is Verdict.SETTLING
+        elif receipt.attempt < m.attempt:
+            assert verdict is Verdict.OVERTAKEN
+        else:
+            assert verdict is Verdict.DONE
+            if m.where == "leased":
+                self.model.give_back(m, self.now, delay)
+            elif m.where == "ready" and delay:
+                m.where, m.due = "delayed", self.now + delay
+        self.settle_endings()
+
+    @precondition(lambda self: self.receipts)
+    @rule(data=st.data(), more=st.sampled_from([3, 15]))
+    def extend(self, data: st.DataObject, more: int) -> None:
+        dot, receipt = data.draw(st.sampled_from(self.receipts))
+        verdict = self.sut.extend(dot, receipt, more, self.now)
+        m = next((m for m in self.model.messages if m.dot == dot), None)
+        if m is None:
+            assert verdict is Verdict.UNKNOWN
+        elif m.where == "settling":
+            assert verdict is Verdict.SETTLING
+        elif receipt.attempt < m.attempt:
+            assert verdict is Verdict.OVERTAKEN
+        elif m.where == "delayed":
+            assert verdict is Verdict.NOT_LEASED
+        else:
+            assert verdict is Verdict.DONE
+            m.where, m.due = "leased", self.now + more
+
+    @precondition(lambda self: self.model.messages)
+    @rule(data=st.data())
+    def settle_without_receipt(self, data: st.DataObject) -> None:
+        m = self.pick(data)
+        verdict = self.sut.settle(m.dot, None)
+        assert verdict is (Verdict.SETTLING if m.where == "settling" else Verdict.DONE)
+        m.where = "settling"
+
+    @precondition(lambda self: any(m.where == "settling" for m in self.model.messages))
+    @rule(data=st.data())
+    def end_is_stored(self, data: st.DataObject) -> None:
+        m = data.draw(st.sampled_from([m for m in self.model.messages if m.where == "settling"]))
+        self.model.messages.remove(m)
+        assert self.sut.gone(m.dot, self.now) is not None
+        # A member behind the head may have expired while it waited; its turn shows it.
+        self.settle_endings()
+
+    @precondition(lambda self: any(m.where == "leased" for m in self.model.messages))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        m = data.draw(st.sampled_from([m for m in self.model.messages if m.where == "leased"]))
+        self.sut.release(m.dot, Receipt(3, m.attempt), self.now)
+        self.receipts = [r for r in self.receipts if r != (m.dot, Receipt(3, m.attempt))]
+        m.where, m.attempt = "ready", m.attempt - 1
+        if m.expires and m.expires <= self.now:
+            m.where = "settling"
+            self.model.ended.append((m.dot, Ended.EXPIRED))
+        self.settle_endings()
+
+    @rule(queue=st.sampled_from(QUEUES), most=st.sampled_from([None, 1, 2, 5]))
+    def configure(self, queue: str, most: int | None) -> None:
+        self.sut.configure(queue, Settings(max_deliveries=most), self.now)
+        self.model.max_deliveries[queue] = most
+
+    @rule(queue=st.sampled_from(QUEUES))
+    def purge(self, queue: str) -> None:
+        expected = [m for m in self.model.messages if m.queue == queue and m.where != "settling"]
+        assert sorted(self.sut.purge(queue)) == sorted(m.dot for m in expected)
+        for m in expected:
+            m.where = "settling"
+
+    @invariant()
+    def counts_agree(self) -> None:
+        check(self.sut)
+        for queue in QUEUES:
+            counts = self.sut.counts(queue)
+            mine = [m for m in self.model.messages if m.queue == queue]
+            assert counts.bytes == len(mine)
+            assert self.sut.length(queue) == len(mine)
+            assert counts.in_flight == sum(m.where in ("leased", "settling") for m in mine)
+            assert counts.oldest_ms is None or mine
+        held = {e.dot for e in self.sut.entries.values() if e.state is not State.GONE}
+        assert held == {m.dot for m in self.model.messages}
+
+
+TestDelivery = DeliveryMachine.TestCase
+TestDelivery.settings = settings(
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "80")),
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)

@@ -1,0 +1,246 @@
+"""The writer: order, group commit, rotation, and every way a disk says no."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from message_queue.storage import files
+from message_queue.storage.framing import HEADER, Frame, scan
+from message_queue.storage.log import (
+    DamagedRecord,
+    Durable,
+    Fsync,
+    SegmentLog,
+    Trouble,
+    segment_of,
+    segment_path,
+    segments_in,
+)
+
+
+class Bench:
+    """A log with everything it reported."""
+
+    def __init__(
+        self, directory: Path, segment_bytes: int = 1 << 20, fsync: Fsync = Fsync.ALWAYS
+    ) -> None:
+        self.durable: list[Durable[int]] = []
+        self.halts: list[str] = []
+        self.troubles: list[Trouble | None] = []
+        self.log: SegmentLog[int] = SegmentLog(
+            directory,
+            segment_bytes=segment_bytes,
+            fsync=fsync,
+            on_durable=self.durable.extend,
+            on_halt=self.halts.append,
+            on_trouble=self.troubles.append,
+            reserve_bytes=64 * 1024,
+        )
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def written(self, count: int) -> None:
+        await self.until(lambda: len(self.durable) >= count)
+
+
+def on_disk(directory: Path) -> list[bytes]:
+    return [
+        item.payload
+        for number in segments_in(directory)
+        for item in scan(segment_path(directory, number).read_bytes())
+        if isinstance(item, Frame)
+    ]
+
+
+async def test_records_are_reported_in_order_and_read_back(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({})
+    for n in range(100):
+        bench.log.append(b"record %d" % n, n)
+    await bench.written(100)
+    assert [d.token for d in bench.durable] == list(range(100))
+    locators = [d.locator for d in bench.durable]
+    assert await bench.log.read(locators[::-1]) == [b"record %d" % n for n in range(99, -1, -1)]
+    assert bench.log.queued_bytes == 0
+    await bench.log.close()
+    assert on_disk(tmp_path) == [b"record %d" % n for n in range(100)]
+
+
+async def test_what_waits_goes_out_in_one_write_with_one_sync(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({})
+    before = bench.log.syncs
+    for n in range(500):
+        bench.log.append(b"x" * 100, n)
+    await bench.written(500)
+    assert bench.log.syncs - before <= 2
+    await bench.log.close()
+
+
+async def test_a_full_segment_is_followed_by_the_next_one(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, segment_bytes=300)
+    await bench.log.start({})
+    for n in range(10):
+        bench.log.append(b"y" * 100, n)
+        await bench.written(n + 1)
+    assert len(bench.log.sizes) >= 4
+    assert all(size <= 300 for size in bench.log.sizes.values())
+    await bench.log.delete(segment_of(bench.durable[0].locator))
+    await bench.log.delete(bench.log.segment)
+    assert bench.log.segment in bench.log.sizes
+    assert 1 not in segments_in(tmp_path)
+    await bench.log.close()
+
+
+async def test_a_record_larger_than_a_segment_gets_one_of_its_own(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, segment_bytes=300)
+    await bench.log.start({})
+    bench.log.append(b"z" * 5000, 0)
+    bench.log.append(b"small", 1)
+    await bench.written(2)
+    assert await bench.log.read([bench.durable[0].locator]) == [b"z" * 5000]
+    await bench.log.close()
+
+
+async def test_reading_a_flipped_record_back_says_so(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({})
+    bench.log.append(b"precious", 0)
+    await bench.written(1)
+    path = segment_path(tmp_path, bench.log.segment)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedRecord):
+        await bench.log.read([bench.durable[0].locator])
+    await bench.log.close()
+
+
+async def test_a_full_disk_refuses_new_messages_keeps_acks_and_recovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({})
+    bench.log.append(b"before", 0)
+    await bench.written(1)
+    reserve = tmp_path / "reserve"
+    assert reserve.exists()
+    real = files.write_all
+    full = True
+
+    def write_all(descriptor: int, data: bytes) -> None:
+        if full and reserve.exists():
+            real(descriptor, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor, data)
+
+    monkeypatch.setattr(files, "write_all", write_all)
+    bench.log.append(b"an ack", 1)
+    await bench.written(2)
+    assert bench.troubles == [Trouble.FULL]
+    assert not reserve.exists()
+    full = False
+    await bench.until(lambda: bench.log.trouble is None)
+    assert reserve.exists()
+    bench.log.append(b"after", 2)
+    await bench.written(3)
+    await bench.log.close()
+    assert on_disk(tmp_path) == [b"before", b"an ack", b"after"]
+    assert bench.halts == []
+
+
+async def test_a_limit_on_file_size_only_begins_another_segment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({})
+    real = files.write_all
+
+    def write_all(descriptor: int, data: bytes) -> None:
+        if os.fstat(descriptor).st_size + len(data) > 400:
+            raise OSError(errno.EFBIG, "File too large")
+        real(descriptor, data)
+
+    monkeypatch.setattr(files, "write_all", write_all)
+    for n in range(10):
+        bench.log.append(b"w" * 150, n)
+        await bench.written(n + 1)
+    assert bench.troubles == []
+    await bench.log.close()
+    assert len(on_disk(tmp_path)) == 10
+
+
+async def test_a_failed_sync_moves_the_batch_to_a_new_segment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({})
+    bench.log.append(b"one", 0)
+    await bench.written(1)
+    first = bench.log.segment
+    real = files.sync_data
+    failures = iter([True])
+
+    def sync_data(descriptor: int) -> None:
+        if next(failures, False):
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(files, "sync_data", sync_data)
+    bench.log.append(b"two", 1)
+    await bench.written(2)
+    assert segment_of(bench.durable[1].locator) > first
+    await bench.log.close()
+    # The old file ends at its last synced byte: nothing in it is of doubtful standing.
+    assert segment_path(tmp_path, first).stat().st_size == len(HEADER) + len(b"one") + 10
+    assert on_disk(tmp_path) == [b"one", b"two"]
+    assert bench.halts == []
+
+
+async def test_two_failed_syncs_in_a_row_halt_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({})
+    bench.log.append(b"one", 0)
+    await bench.written(1)
+    headers = [0]
+    real = files.sync_data
+
+    def sync_data(descriptor: int) -> None:
+        if os.fstat(descriptor).st_size > len(HEADER):
+            headers[0] += 1
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(files, "sync_data", sync_data)
+    bench.log.append(b"two", 1)
+    await bench.until(lambda: bool(bench.halts))
+    assert headers == [2]
+    assert len(bench.durable) == 1
+    await bench.log.close()
+
+
+async def test_a_failed_sync_after_the_report_halts_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, fsync=Fsync.INTERVAL)
+    await bench.log.start({})
+
+    def sync_data(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "sync_data", sync_data)
+    bench.log.append(b"reported early", 0)
+    await bench.until(lambda: bool(bench.halts))
+    assert len(bench.halts) == 1
+    await bench.log.close()

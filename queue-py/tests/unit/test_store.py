@@ -1,0 +1,294 @@
+"""The store: what was persisted is there after a restart, and compaction never changes that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from message_queue.core.ids import unpack_dot
+from message_queue.core.messages import (
+    Ack,
+    AppendRecord,
+    LogRecord,
+    PromiseRecord,
+    Put,
+    SealRecord,
+    Standing,
+    View,
+)
+from message_queue.core.replication.state import PartitionState
+from message_queue.storage.framing import HEADER
+from message_queue.storage.log import Fsync, segment_path, segments_in
+from message_queue.storage.recovery import recover
+from message_queue.storage.store import Store
+
+EPOCH = 65
+
+
+class Bench:
+    """A store, driven as the node does: the state first, then the log."""
+
+    def __init__(self, directory: Path, segment_bytes: int = 4096) -> None:
+        self.directory = directory
+        self.segment_bytes = segment_bytes
+        self.durable = 0
+        self.batch = 0
+        self.store: Store
+
+    async def open(self) -> Bench:
+        self.store = await Store.open(
+            self.directory,
+            segment_bytes=self.segment_bytes,
+            fsync=Fsync.NEVER,
+            on_durable=self.on_durable,
+            on_halt=pytest.fail,
+            on_trouble=lambda _: None,
+        )
+        self.durable = self.batch = 0
+        return self
+
+    def on_durable(self, batch: int) -> None:
+        self.durable = batch
+
+    def persist(self, *records: LogRecord) -> None:
+        for record in records:
+            partition = record.partition  # type: ignore[union-attr]  # no clock records here
+            state = self.store.states.setdefault(partition, PartitionState(partition))
+            self.store.forget(partition, state.apply(record))
+        self.batch += 1
+        self.store.persist(self.batch, records)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def settled(self) -> None:
+        await self.until(lambda: self.durable == self.batch)
+
+    async def bodies(self, partition: int) -> dict[int, bytes]:
+        state = self.store.states[partition]
+        dots = list(state.held.dots())
+        found, damaged = await self.store.read(partition, dots)
+        assert not damaged
+        assert len(found) == len(dots)
+        return {seq: body for _, seq, _, body in found}
+
+
+def seal(partition: int) -> SealRecord:
+    return SealRecord(partition, EPOCH, 1, View(EPOCH, 7, (), (), ()))
+
+
+def puts(partition: int, first: int, count: int, size: int = 100) -> AppendRecord:
+    entries = tuple(
+        Put(seq, b"meta %d" % seq, b"%d " % seq + b"b" * size)
+        for seq in range(first, first + count)
+    )
+    return AppendRecord(partition, EPOCH, entries)
+
+
+def ack(partition: int, seq: int, *targets: int) -> AppendRecord:
+    return AppendRecord(partition, EPOCH, (Ack(seq, tuple((EPOCH, t, t) for t in targets)),))
+
+
+async def test_everything_persisted_is_there_after_a_restart(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).open()
+    bench.persist(PromiseRecord(3, EPOCH, 1), seal(3))
+    bench.persist(puts(3, 1, 10))
+    bench.persist(ack(3, 11, 2, 5))
+    await bench.settled()
+    before = await bench.bodies(3)
+    view = bench.store.states[3].view()
+    await bench.store.close()
+    again = await Bench(tmp_path).open()
+    assert again.store.states[3].view() == view
+    assert again.store.states[3].standing is Standing.MEMBER
+    assert await again.bodies(3) == before
+    assert sorted(before) == [1, 3, 4, 6, 7, 8, 9, 10]
+    place = again.store.place(3, EPOCH, 4)
+    assert place is not None
+    assert place.meta == b"meta 4"
+    await again.store.close()
+
+
+async def test_a_put_acked_before_it_was_written_is_not_indexed(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).open()
+    bench.persist(seal(1))
+    bench.persist(puts(1, 1, 1))
+    bench.persist(ack(1, 2, 1))
+    await bench.settled()
+    assert bench.store.place(1, EPOCH, 1) is None
+    assert bench.store.figures()["stored_records"] == 0
+    await bench.store.close()
+
+
+async def test_compaction_gives_space_back_and_changes_nothing(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).open()
+    bench.persist(PromiseRecord(1, EPOCH, 1), seal(1), PromiseRecord(2, EPOCH, 1), seal(2))
+    seq = {1: 1, 2: 1}
+    for round_ in range(40):
+        for partition in (1, 2):
+            first = seq[partition]
+            bench.persist(puts(partition, first, 5))
+            # Every fourth message of partition 1 stays, nothing of partition 2.
+            keep = {first} if partition == 1 and round_ % 4 == 0 else set()
+            gone = [s for s in range(first, first + 5) if s not in keep]
+            bench.persist(ack(partition, first + 5, *gone))
+            seq[partition] = first + 6
+        await bench.settled()
+    size = bench.store.figures()["log_bytes"]
+    views = {p: bench.store.states[p].view() for p in (1, 2)}
+    bodies = await bench.bodies(1)
+    assert len(bodies) == 10
+    await bench.store.compact()
+    assert bench.store.figures()["log_bytes"] < size / 4
+    assert await bench.bodies(1) == bodies
+    await bench.store.close()
+    again = await Bench(tmp_path).open()
+    assert {p: again.store.states[p].view() for p in (1, 2)} == views
+    assert again.store.states[1].promised == EPOCH
+    assert await again.bodies(1) == bodies
+    # Later records still fall into place, and a second round works on what the first one wrote.
+    again.persist(ack(1, seq[1], *bodies))
+    again.persist(puts(1, seq[1] + 1, 1))
+    await again.settled()
+    await again.store.compact()
+    assert list(await again.bodies(1)) == [seq[1] + 1]
+    await again.store.close()
+    last = await Bench(tmp_path).open()
+    assert list(await last.bodies(1)) == [seq[1] + 1]
+    await last.store.close()
+
+
+async def test_reading_while_compaction_moves_finds_the_new_place(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path, segment_bytes=600).open()
+    bench.persist(seal(1))
+    for first in range(1, 60, 6):
+        bench.persist(puts(1, first, 4))
+        bench.persist(ack(1, first + 4, first, first + 1, first + 2))
+        await bench.settled()
+    expected = await bench.bodies(1)
+    reads = [asyncio.create_task(bench.bodies(1)) for _ in range(20)]
+    await bench.store.compact()
+    for read in reads:
+        assert await read == expected
+    await bench.store.close()
+
+
+async def write_a_log(directory: Path) -> bytes:
+    bench = await Bench(directory).open()
+    bench.persist(PromiseRecord(1, EPOCH, 1), seal(1))
+    bench.persist(puts(1, 1, 3, size=5))
+    bench.persist(ack(1, 4, 2))
+    bench.persist(puts(1, 5, 1, size=5))
+    await bench.settled()
+    await bench.store.close()
+    return segment_path(directory, 1).read_bytes()
+
+
+async def test_a_cut_at_every_byte_recovers_a_prefix(tmp_path: Path) -> None:
+    data = await write_a_log(tmp_path / "whole")
+    seen = set()
+    for size in range(len(data) + 1):
+        directory = tmp_path / "cut"
+        directory.mkdir(exist_ok=True)
+        segment_path(directory, 1).write_bytes(data[:size])
+        found = recover(directory)
+        assert found.damaged == {}
+        state = found.states.get(1)
+        held = tuple(seq for _, seq in state.held.dots()) if state else ()
+        assert held in ((), (1, 2, 3), (1, 3), (1, 3, 5))
+        assert {unpack_dot(dot)[1] for dot, _ in found.index.items(1)} == set(held)
+        assert not found.withdrawn
+        # What is cut stays cut: a second start finds a clean log.
+        again = recover(directory)
+        assert again.cut_bytes == 0
+        assert again.frames == found.frames
+        seen.add(held)
+        for number in segments_in(directory):
+            segment_path(directory, number).unlink()
+    assert seen == {(), (1, 2, 3), (1, 3), (1, 3, 5)}
+
+
+async def test_a_flip_of_every_byte_withdraws_the_partition_or_cuts_the_tail(
+    tmp_path: Path,
+) -> None:
+    data = await write_a_log(tmp_path / "whole")
+    directory = tmp_path / "flip"
+    directory.mkdir()
+    for at in range(len(data)):
+        broken = bytearray(data)
+        broken[at] ^= 0x10
+        # In a segment that is not the last one, nothing is ever taken for a torn tail.
+        segment_path(directory, 1).write_bytes(broken)
+        segment_path(directory, 2).write_bytes(HEADER)
+        found = recover(directory)
+        assert found.cut_bytes == 0
+        assert segment_path(directory, 1).stat().st_size == len(data)
+        assert 1 in found.damaged
+        assert found.states[1].standing is Standing.DAMAGED
+        state = found.states[1]
+        for epoch, seq in state.held.dots():
+            assert any(dot for dot, _ in found.index.items(1) if unpack_dot(dot) == (epoch, seq))
+
+
+async def test_a_damaged_segment_goes_to_quarantine_and_its_good_part_stays(
+    tmp_path: Path,
+) -> None:
+    data = bytearray(await write_a_log(tmp_path))
+    at = data.index(b"meta 2")
+    data[at] ^= 1
+    segment_path(tmp_path, 1).write_bytes(data)
+    bench = await Bench(tmp_path).open()
+    assert list(bench.store.recovered.damaged) == [1]
+    assert bench.store.states[1].standing is Standing.DAMAGED
+    await bench.store.compact()
+    assert segments_in(tmp_path / "quarantine") == [1]
+    assert list(await bench.bodies(1)) == [5]
+    await bench.store.close()
+    # The next start finds no damage, and still knows that the partition is not whole.
+    again = await Bench(tmp_path).open()
+    assert not again.store.recovered.damaged
+    assert again.store.states[1].standing is Standing.DAMAGED
+    assert list(await again.bodies(1)) == [5]
+    await again.store.close()
+
+
+async def test_damage_before_a_checkpoint_costs_nothing(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).open()
+    bench.persist(seal(1))
+    bench.persist(puts(1, 1, 2))
+    await bench.settled()
+    await bench.store.close()
+    bench = await Bench(tmp_path).open()
+    checkpoint = bench.store.states[1].checkpoint()
+    bench.persist(checkpoint)
+    await bench.settled()
+    await bench.store.close()
+    path = segment_path(tmp_path, 1)
+    data = bytearray(path.read_bytes())
+    data[len(HEADER) + 12] ^= 1  # in the seal
+    path.write_bytes(data)
+    found = recover(tmp_path)
+    assert found.damaged
+    assert found.withdrawn == []
+    assert found.states[1].standing is Standing.MEMBER
+
+
+async def test_a_record_damaged_while_running_is_named(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).open()
+    bench.persist(seal(1))
+    bench.persist(puts(1, 1, 1))
+    bench.persist(puts(1, 2, 1))
+    await bench.settled()
+    path = segment_path(tmp_path, 1)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"meta 1")] ^= 1
+    path.write_bytes(data)
+    found, damaged = await bench.store.read(1, [(EPOCH, 1), (EPOCH, 2), (EPOCH, 99)])
+    assert damaged == [(EPOCH, 1)]
+    assert [seq for _, seq, _, _ in found] == [2]
+    await bench.store.close()
