@@ -1,0 +1,144 @@
+"""Requests as frozen structs, and the decoding that turns bad input into a 400 naming the field."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta
+
+from mesi_cache.api.errors import ApiError
+
+MAX_JSON_DEPTH = 64
+MAX_BATCH = 1000
+MAX_TTL_MS = 10 * 365 * 86_400_000
+Key = Annotated[str, Meta(min_length=1, max_length=256)]
+Version = Annotated[int, Meta(ge=0, le=1 << 62)]
+
+T = TypeVar("T")
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+_NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<field>[^`]*)`")
+# 19 digits can exceed 64 bits; most bodies have no such run and are never walked.
+_LONG_NUMBER = re.compile(rb"\d{19}")
+
+
+class Write(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /write, and one item of POST /mwrite."""
+
+    key: Key
+    value: msgspec.Raw
+    ttl_ms: Annotated[int, Meta(ge=1, le=MAX_TTL_MS)] | None = None
+
+
+class Cas(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /cas: write if the version is still `expected_version` (0: if the key is absent)."""
+
+    key: Key
+    expected_version: Version
+    value: msgspec.Raw
+
+
+class Delete(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /delete."""
+
+    key: Key
+
+
+class Incr(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /incr: add `by` to an integer; an absent key counts as 0."""
+
+    key: Key
+    by: Annotated[int, Meta(ge=-(1 << 53), le=1 << 53)] = 1
+
+
+class ReadMany(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /mread."""
+
+    keys: Annotated[list[Key], Meta(max_length=MAX_BATCH)]
+
+
+class WriteMany(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /mwrite."""
+
+    items: Annotated[list[Write], Meta(max_length=MAX_BATCH)]
+
+
+class KeyQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """GET /read and GET /directory."""
+
+    key: Key
+
+
+class MetricsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """GET /metrics."""
+
+    format: Literal["json", "prometheus"] | None = None
+
+
+async def read_json(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
+    """The body as the decoder's type, whatever the Content-Type says.
+
+    Raises ApiError 400, or aiohttp's 413.
+    """
+    body = await request.read()
+    try:
+        value = decoder.decode(body)
+        if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH or _LONG_NUMBER.search(body):
+            _check_extremes(msgspec.json.decode(body))
+    except msgspec.ValidationError as e:
+        raise bad_field(e) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise ApiError(400, "Invalid JSON") from None
+    except RecursionError:
+        raise ApiError(400, "JSON nested too deeply") from None
+    return value
+
+
+def read_query(request: web.Request, struct: type[T]) -> T:
+    """The query string as `struct` (numbers are read from text); raises ApiError 400."""
+    try:
+        return msgspec.convert(dict(request.query), struct, strict=False)
+    except msgspec.ValidationError as e:
+        raise bad_field(e) from None
+
+
+def bad_field(e: msgspec.ValidationError) -> ApiError:
+    """msgspec's sentence as ours: the field by its path (`locks[0].name`), and what is wrong."""
+    match = _PATH.match(str(e))
+    what, path = (match["what"], match["path"] or "") if match else (str(e), "")
+    if named := _NAMED.match(what):
+        field = f"{path}.{named['field']}" if path else named["field"]
+        sentence = "Missing field" if "missing" in what else "Unknown field"
+        return ApiError(400, sentence, field=field)
+    if not path:
+        return ApiError(400, "Invalid JSON", detail=what)
+    return ApiError(400, "Invalid field", field=path, detail=what)
+
+
+def check_key(value: str, field: str = "key") -> str:
+    """Keys are at most 256 *bytes* (msgspec counts characters) and hold no NUL."""
+    if len(value) > 64 and len(value.encode()) > 256:
+        raise ApiError(400, "Invalid field", field=field, detail="Expected at most 256 bytes")
+    if "\x00" in value:
+        raise ApiError(400, "Invalid field", field=field, detail="Expected no NUL")
+    return value
+
+
+def _check_extremes(value: Any) -> None:
+    """Refuse deep nesting, and integers beyond 64 bits (msgpack cannot carry them)."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                deeper.extend(item.values())
+            elif isinstance(item, list):
+                deeper.extend(item)
+            elif isinstance(item, int) and not -(1 << 63) <= item < 1 << 63:
+                raise ApiError(400, "Invalid JSON", detail="Integer beyond 64 bits")
+        if not deeper:
+            return
+        level = deeper
+    raise ApiError(400, "JSON nested too deeply")
