@@ -57,6 +57,7 @@ class History:
     ) -> None:
         self.operations = list(operations)
         self._clock = clock
+        self._last_us = 0
 
     def invoke(self, process: str, kind: str, key: str = "", argument: Any = None) -> Operation:
         """The call leaves now. Complete it with `ok`, `fail` or `unknown`, or leave it unknown."""
@@ -66,7 +67,7 @@ class History:
             kind=kind,
             key=key,
             argument=argument,
-            invoked_us=self._clock(),
+            invoked_us=self._tick(),
         )
         self.operations.append(operation)
         return operation
@@ -85,7 +86,12 @@ class History:
 
     def _complete(self, operation: Operation, status: Status, result: Any, info: Any) -> None:
         operation.status, operation.result, operation.info = status, result, info
-        operation.completed_us = self._clock()
+        operation.completed_us = self._tick()
+
+    def _tick(self) -> int:
+        """Strictly increasing, so that what was recorded first is ordered first in any clock."""
+        self._last_us = max(self._clock(), self._last_us + 1)
+        return self._last_us
 
     def __iter__(self) -> Iterator[Operation]:
         return iter(self.operations)

@@ -174,6 +174,10 @@ class Disk:
         """The next sync to complete reports an error instead."""
         self._fail_next = True
 
+    def heal(self) -> None:
+        """Take back `fail_next_sync`."""
+        self._fail_next = False
+
     def crash(self, *, power: bool = False) -> None:
         """The process dies (`power`: the machine does). The surviving prefix becomes the disk."""
         safe = 0 if power else self._flushed

@@ -172,12 +172,12 @@ def many(scenario: Scenario[Any], numbers: Iterable[int], workers: int = 2) -> C
         workers, mp_context=get_context("fork"), initializer=_adopt, initargs=(scenario,)
     ) as pool:
         outcomes = [pool.submit(_run_chunk, chunk) for chunk in chunks]
-        try:
-            for outcome in outcomes:
-                total.update(outcome.result())
-        except SimFailure:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for outcome in outcomes:
+            found = outcome.result()
+            if isinstance(found, SimFailure):
+                pool.shutdown(cancel_futures=True)
+                raise found
+            total.update(found)
     return total
 
 
@@ -188,10 +188,14 @@ def _adopt(scenario: Scenario[Any]) -> None:
     _adopted[:] = [scenario]
 
 
-def _run_chunk(chunk: list[int]) -> Coverage:
+def _run_chunk(chunk: list[int]) -> Coverage | SimFailure:
+    """A failure travels as a value: raised in a worker, it would be printed twice."""
     total = Coverage()
     for seed in chunk:
-        total.update(run(_adopted[0], seed).coverage)
+        try:
+            total.update(run(_adopted[0], seed).coverage)
+        except SimFailure as failure:
+            return failure
     return total
 
 

@@ -22,7 +22,7 @@ class Trace:
     __slots__ = ("_ring", "_sum", "fingerprinting", "verbose")
 
     def __init__(
-        self, capacity: int = 200, *, verbose: bool = False, fingerprint: bool = False
+        self, capacity: int = 120, *, verbose: bool = False, fingerprint: bool = False
     ) -> None:
         self._ring: deque[Event] = deque(maxlen=capacity)
         self._sum = 0

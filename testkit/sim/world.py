@@ -267,10 +267,11 @@ class World(Generic[N]):
         self.disks[name].wipe()
 
     def heal_everything(self) -> None:
-        """No cut, no pause, every node up."""
+        """No cut, no pause, no sync about to fail, every node up."""
         self._note("heal")
         self.network.heal_all()
         for name in self.names:
+            self.disks[name].heal()
             self.resume(name)
         self.start_all()
 
