@@ -58,9 +58,12 @@ def flush(state: State, leading: Leading) -> None:
     for peer, progress in leading.peers.items():
         send_entries(state, leading, peer, progress)
         if progress.sent_round < leading.read_round or (
-            eager
-            and progress.state is PeerState.REPLICATE
-            and progress.sent_commit < min(state.commit_index, progress.next_index - 1)
+            progress.state is not PeerState.SNAPSHOT
+            and (
+                (eager and progress.sent_commit < state.commit_index)
+                # New entries, but an unanswered probe: it was perhaps lost, so ask again, cheaply.
+                or (progress.probe_sent and progress.probed_last < state.log.last_index)
+            )
         ):
             send_empty(state, leading, peer, progress)
     if leading.leaving and state.members.index <= state.commit_index:
@@ -111,7 +114,8 @@ def send_entries(state: State, leading: Leading, peer: int, progress: Progress) 
         )
         progress.sent(last_index, size)
         progress.sent_round = leading.read_round
-        progress.sent_commit = min(state.commit_index, last_index)
+        progress.sent_commit = state.commit_index
+        progress.probed_last = log.last_index
     if progress.state is not PeerState.SNAPSHOT and log.term_at(progress.next_index - 1) is None:
         progress.start_snapshot(log.snapshot)
     if progress.state is PeerState.SNAPSHOT:
@@ -138,7 +142,8 @@ def send_empty(state: State, leading: Leading, peer: int, progress: Progress) ->
         )
     )
     progress.sent_round = leading.read_round
-    progress.sent_commit = min(state.commit_index, prev_index)
+    progress.sent_commit = state.commit_index
+    progress.probed_last = state.log.last_index
 
 
 # --------------------------------------------------------------------------------------- answers

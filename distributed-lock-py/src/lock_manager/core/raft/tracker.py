@@ -49,6 +49,7 @@ class Progress:
         "match_index",
         "next_index",
         "probe_sent",
+        "probed_last",
         "sent_commit",
         "sent_round",
         "snapshot",
@@ -60,7 +61,8 @@ class Progress:
         self.match_index = 0
         self.next_index = next_index
         self.heard_ms = now_ms  # a new leader gives everybody a whole timeout
-        self.probe_sent = False
+        self.probe_sent = False  # PROBE: a message with entries left and is not answered
+        self.probed_last = 0  # the log's last index when anything was last sent
         self.inflight: deque[tuple[int, int]] = deque()  # (last index of a message, its bytes)
         self.inflight_bytes = 0
         self.acked_round = 0
@@ -102,6 +104,7 @@ class Progress:
             self.snapshot = None
         if self.state is not PeerState.REPLICATE:
             self.state = PeerState.REPLICATE
+            self.probe_sent = False
             self.next_index = self.match_index + 1
         else:
             self.next_index = max(self.next_index, self.match_index + 1)
@@ -131,6 +134,7 @@ class Progress:
     def start_snapshot(self, snapshot: Snapshot) -> None:
         """From now on send `snapshot`, from its first byte."""
         self.state = PeerState.SNAPSHOT
+        self.probe_sent = False
         self.snapshot = snapshot
         self.chunk_offset = 0
         self.chunk_sent = False
