@@ -128,7 +128,8 @@ class Heartbeat(Struct, frozen=True, array_like=True, tag=1):
     beat: Count  # counts this sender's rounds; the answer echoes it
     heard: Count  # the receiver's incarnation as known here; 0 = never heard of it
     cluster_ms: Count  # the sender's cluster time
-    owned: tuple[tuple[PartitionId, Count], ...]  # (partition, epoch) owned or being taken over
+    owned: tuple[tuple[PartitionId, Count], ...]  # (partition, epoch): elected by a majority
+    claimed: tuple[tuple[PartitionId, Count], ...]  # claimed, not elected yet
 
 
 class HeartbeatAnswer(Struct, frozen=True, array_like=True, tag=2):
@@ -138,9 +139,6 @@ class HeartbeatAnswer(Struct, frozen=True, array_like=True, tag=2):
     heard: Count
     cluster_ms: Count
     refused: tuple[tuple[PartitionId, Count, Count], ...]  # (partition, epoch asked, my promise)
-    behind: tuple[
-        tuple[PartitionId, Count, Count], ...
-    ]  # (partition, epoch, stored up to): mine; resend
 
 
 class Canvass(Struct, frozen=True, array_like=True, tag=3):
@@ -169,6 +167,7 @@ class Claim(Struct, frozen=True, array_like=True, tag=5):
     epoch: Count
     ring: Count
     total: bool
+    beat: Count  # the claimer's last heartbeat: only later ones can end the lease given here
 
 
 class Promise(Struct, frozen=True, array_like=True, tag=6):
@@ -354,7 +353,7 @@ class CheckpointRecord(Struct, frozen=True, array_like=True, tag=7):
     """A partition's whole state, written by storage before it deletes segments: replaces all before
     it.
 
-    The puts that ``view.held``, ``staged.held`` and ``copied`` name are found in the segments that
+    The puts that ``view.held`` and ``copied`` name are found in the segments that
     stay.
     """
 
@@ -363,9 +362,7 @@ class CheckpointRecord(Struct, frozen=True, array_like=True, tag=7):
     ring: Count
     standing: Standing
     view: View
-    staged_for: Count
-    staged: View  # what came under ``staged_for`` before its seal
-    copied: Spans
+    copied: Spans  # bodies fetched for a seal that is still to come
 
 
 LogRecord = (

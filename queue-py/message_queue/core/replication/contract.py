@@ -9,68 +9,16 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from msgspec import Struct
-
-from message_queue.core.messages import PeerMessage, Spans
+from message_queue.core.messages import Copy, PeerMessage, Spans
+from message_queue.core.replication.config import ReplicationConfig as ReplicationConfig
+from message_queue.core.replication.drafts import Accepted as Accepted
+from message_queue.core.replication.drafts import AckDraft as AckDraft
+from message_queue.core.replication.drafts import Draft as Draft
+from message_queue.core.replication.drafts import NotOwner as NotOwner
+from message_queue.core.replication.drafts import PutDraft as PutDraft
+from message_queue.core.replication.drafts import SetDraft as SetDraft
 from message_queue.core.replication.effects import Effects, Read
 from message_queue.core.replication.state import PartitionState
-
-
-class ReplicationConfig(Struct, frozen=True):
-    """Where this node stands; ``preference[p]``: p's replicas, best owner first."""
-
-    node: int
-    nodes: int
-    incarnation: int  # strictly greater at every boot, durable before the core starts; never 0
-    preference: tuple[tuple[int, ...], ...]
-    ring: int = 1
-    seed: int = 0  # chance: jitter of elections, origins
-    heartbeat_ms: int = 100
-    lease_ms: int = 600  # a replica that renewed an owner promises nobody else for this long
-    patience_ms: int = 900  # a silent owner without a broken connection is replaced after this
-    # a new cluster forms at once if all nodes are there, after this long with a majority
-    genesis_ms: int = 3_000
-    window_bytes: int = 4 << 20  # per partition, kept for replicas that missed something
-    copy_bytes: int = 1 << 20  # one message of copies at most
-
-
-class PutDraft(Struct, frozen=True):
-    """A put to be stamped."""
-
-    meta: bytes
-    body: bytes
-
-
-class AckDraft(Struct, frozen=True):
-    """Dots to be forgotten for ever. Dots that are not held are passed over."""
-
-    targets: Spans
-
-
-class SetDraft(Struct, frozen=True):
-    key: str
-    value: bytes
-
-
-Draft = PutDraft | AckDraft | SetDraft
-
-
-class Accepted(Struct, frozen=True):
-    """The drafts got the seqs first..first+n-1 of ``epoch``; done when ``Committed.upto`` reaches
-    the last.
-    """
-
-    epoch: int
-    first: int
-    effects: Effects
-
-
-class NotOwner(Struct, frozen=True):
-    """Nothing was proposed (definite). ``owner`` is where to forward to; None = nobody known right
-    now.
-    """
-
-    owner: int | None
 
 
 class Replication(Protocol):
@@ -79,6 +27,11 @@ class Replication(Protocol):
 
     def receive(self, sender: int, incarnation: int, message: PeerMessage, now_ms: int) -> Effects:
         """A peer's message; hostile or outdated ones change nothing. The sender is authentic."""
+
+    def receive_all(
+        self, sender: int, incarnation: int, messages: tuple[PeerMessage, ...], now_ms: int
+    ) -> Effects:
+        """A whole frame in one step: one batch to persist, one answer a partition."""
 
     def peer_connected(self, peer: int, now_ms: int) -> Effects:
         """This node's link to the peer stands: what was lost meanwhile is sent again."""
@@ -98,10 +51,10 @@ class Replication(Protocol):
         """Everything persisted up to this batch number is on disk (fsynced)."""
 
     def bodies_read(
-        self, read: Read, found: tuple[tuple[int, int, bytes, bytes], ...], now_ms: int
+        self, read: Read, found: tuple[Copy, ...], unreadable: Spans, now_ms: int
     ) -> Effects:
-        """Storage's answer to a ``Read``: (epoch, seq, meta, body) of what it could read and
-        verify.
+        """Storage's answer to a ``Read``: from the start of ``wanted`` as many puts as fit into
+        ``max_bytes`` (at least one), and those on the way that failed their checksum.
         """
 
     def damaged(self, partition: int, lost: Spans, now_ms: int) -> Effects:

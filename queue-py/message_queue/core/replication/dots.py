@@ -103,14 +103,7 @@ class DotSet:
         if chunks is None:
             return ()
         gone: list[Span] = []
-        # A hostile span may be astronomically wide: never walk more chunks than are there.
-        low, high = first >> 10, last >> 10
-        numbers = (
-            range(low, high + 1)
-            if high - low < len(chunks)
-            else sorted(n for n in chunks if low <= n <= high)
-        )
-        for number in numbers:
+        for number in self._numbers(chunks, first, last):
             bits = chunks.get(number, 0)
             base = number << 10
             hit = bits & mask(max(first - base, 0), min(last - base, CHUNK - 1))
@@ -119,6 +112,41 @@ class DotSet:
                 self._count -= hit.bit_count()
                 self._store(epoch, chunks, number, bits ^ hit)
         return joined(gone)
+
+    @staticmethod
+    def _numbers(chunks: dict[int, int], first: int, last: int) -> Iterable[int]:
+        """The chunks that first..last may touch. A hostile span may be astronomically wide: never
+        walk more chunks than there are."""
+        low, high = first >> 10, last >> 10
+        if high - low < len(chunks):
+            return range(low, high + 1)
+        return sorted(number for number in chunks if low <= number <= high)
+
+    def within(self, span: Span) -> Spans:
+        """The parts of a span that are here."""
+        epoch, first, last = span
+        chunks = self._epochs.get(epoch)
+        if chunks is None:
+            return ()
+        out: list[Span] = []
+        for number in self._numbers(chunks, first, last):
+            base = number << 10
+            hit = chunks.get(number, 0) & mask(max(first - base, 0), min(last - base, CHUNK - 1))
+            out.extend(_runs(epoch, base, hit))
+        return joined(out)
+
+    def outside(self, spans: Spans) -> Spans:
+        """The parts of some spans that are not here."""
+        out: list[Span] = []
+        for epoch, first, last in spans:
+            at = first
+            for _, low, high in self.within((epoch, first, last)):
+                if low > at:
+                    out.append((epoch, at, low - 1))
+                at = high + 1
+            if at <= last:
+                out.append((epoch, at, last))
+        return tuple(out)
 
     def spans(self) -> Spans:
         """The wire form: sorted, disjoint, not touching."""

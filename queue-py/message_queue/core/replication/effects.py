@@ -29,6 +29,7 @@ class Read(Struct, frozen=True):
     partition: int
     for_epoch: int
     wanted: Spans
+    max_bytes: int
 
 
 class Committed(Struct, frozen=True):

@@ -17,6 +17,7 @@ from message_queue.core.messages import (
     LogRecord,
     PromiseRecord,
     SealRecord,
+    Span,
     Spans,
     Standing,
     View,
@@ -29,7 +30,7 @@ from message_queue.core.replication.records import RecordSet, merged
 class PartitionState:
     """Read it freely; only ``apply`` changes it.
 
-    Invariants: sealed <= promised; staged_for is 0 or > sealed or (a re-seal) == sealed.
+    Invariant: sealed <= promised.
     """
 
     __slots__ = (
@@ -40,8 +41,6 @@ class PartitionState:
         "records",
         "ring",
         "sealed",
-        "staged",
-        "staged_for",
         "standing",
     )
 
@@ -55,12 +54,9 @@ class PartitionState:
         """The epoch of the last seal installed here: older epochs are closed."""
         self.origin = 0
         self.records = RecordSet()
-        self.staged_for = 0
-        """The epoch whose seal is on its way here."""
-        self.staged = RecordSet()
-        """What came under ``staged_for`` before its seal: void if that seal never comes."""
         self.copied = DotSet()
-        """Bodies fetched for that seal."""
+        """Bodies fetched for a seal that is still to come. A copy is the same whoever asked for it:
+        what was fetched for a failed takeover serves the next one."""
 
     @property
     def held(self) -> DotSet:
@@ -71,39 +67,28 @@ class PartitionState:
         return self.records.view(self.sealed, self.origin)
 
     def has_body(self, epoch: int, seq: int) -> bool:
-        """The put is somewhere in this node's log, in force or staged: its body must be kept."""
-        return (
-            self.records.held.has(epoch, seq)
-            or self.copied.has(epoch, seq)
-            or self.staged.held.has(epoch, seq)
-        )
+        """The put is somewhere in this node's log, in force or copied: its body must be kept."""
+        return self.records.held.has(epoch, seq) or self.copied.has(epoch, seq)
 
     def bodies(self) -> DotSet:
         """All dots for which ``has_body`` is true."""
         bodies = self.records.held.copy()
         bodies.update(self.copied)
-        bodies.update(self.staged.held)
         return bodies
 
     def apply(self, record: LogRecord) -> Spans:
         """Takes a record of this partition. Returns the dots whose bodies are needed no more."""
         match record:
             case AppendRecord(_, epoch, entries):
+                gone: list[Span] = []
                 if epoch == self.sealed:
-                    gone: list[tuple[int, int, int]] = []
                     for entry in entries:
                         gone.extend(self.records.apply(epoch, entry))
-                    return tuple(gone)
-                if epoch > self.sealed:
-                    self._stage(epoch)
-                    for entry in entries:
-                        self.staged.apply(epoch, entry)
-                return ()
-            case CopyRecord(_, for_epoch, copies):
-                gone_copies = self._stage(for_epoch)
+                return tuple(gone)
+            case CopyRecord(_, _, copies):
                 for copy in copies:
                     self.copied.add(copy.epoch, copy.seq)
-                return gone_copies
+                return ()
             case PromiseRecord(_, epoch, ring):
                 self.promised = max(self.promised, epoch)
                 self.ring = max(self.ring, ring)
@@ -112,7 +97,6 @@ class PartitionState:
                 return self._seal(record)
             case WithdrawRecord(_, lost):
                 self.records.withdraw(lost)
-                self.staged.withdraw(lost)
                 for span in lost:
                     self.copied.remove_range(*span)
                 self.standing = Standing.DAMAGED
@@ -125,8 +109,6 @@ class PartitionState:
                 self.sealed = record.view.sealed
                 self.origin = record.view.origin
                 self.records = RecordSet.of(record.view)
-                self.staged_for = record.staged_for
-                self.staged = RecordSet.of(record.staged)
                 self.copied = DotSet(record.copied)
                 return before.minus(self.bodies()).spans()
             case ClockRecord():
@@ -134,34 +116,18 @@ class PartitionState:
             case _:
                 assert_never(record)
 
-    def _stage(self, epoch: int) -> Spans:
-        """Makes ``epoch`` the one that is staged; what was staged for an older one is void."""
-        if epoch <= self.staged_for:
-            return ()
-        before = self.bodies()
-        self.staged_for = epoch
-        self.staged = RecordSet()
-        # A copy is the same whoever asked for it: what was fetched for a failed takeover
-        # serves the next one.
-        return before.minus(self.bodies()).spans()
-
     def _seal(self, record: SealRecord) -> Spans:
         before = self.bodies()
         parts = [RecordSet.of(record.view)]
         if record.epoch == self.sealed:
             parts.append(self.records)
-        if record.epoch == self.staged_for:
-            parts.append(self.staged)
         self.records = merged(parts)
         self.sealed = record.epoch
         self.origin = record.view.origin
         self.promised = max(self.promised, record.epoch)
         self.ring = max(self.ring, record.ring)
         self.standing = Standing.MEMBER
-        if self.staged_for <= record.epoch:
-            self.staged_for = 0
-            self.staged = RecordSet()
-            self.copied = DotSet()
+        self.copied = DotSet()
         return before.minus(self.bodies()).spans()
 
     def checkpoint(self) -> CheckpointRecord:
@@ -173,7 +139,5 @@ class PartitionState:
             ring=self.ring,
             standing=self.standing,
             view=self.view(),
-            staged_for=self.staged_for,
-            staged=self.staged.view(0, 0),
             copied=self.copied.spans(),
         )

@@ -1,0 +1,32 @@
+"""Cluster time: what delays, leases, TTLs and the dedupe window are measured in.
+
+It runs on this node's monotonic clock, jumps forward to whatever a peer has seen, and never goes
+back. A step counts at most ``GAP_MS``, so that a node that was paused (or whose machine slept) does
+not expire everything on waking; and it stands still while the whole cluster is down, because the
+last value is kept in the log. Wall clocks matter once, at the birth of a cluster.
+"""
+
+from __future__ import annotations
+
+GAP_MS = 500
+
+
+class ClusterClock:
+    """Invariant: ``ms`` never falls."""
+
+    __slots__ = ("_last_ms", "ms")
+
+    def __init__(self, restored_ms: int, now_ms: int) -> None:
+        self.ms = restored_ms
+        """0 while unknown: a node without a past keeps silent about time until it hears of it."""
+        self._last_ms = now_ms
+
+    def advance(self, now_ms: int) -> None:
+        """Monotonic time went on."""
+        if self.ms and now_ms > self._last_ms:
+            self.ms += min(now_ms - self._last_ms, GAP_MS)
+        self._last_ms = max(self._last_ms, now_ms)
+
+    def hear(self, cluster_ms: int) -> None:
+        """A peer's cluster time, or a stored one."""
+        self.ms = max(self.ms, cluster_ms)

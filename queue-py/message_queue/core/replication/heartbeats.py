@@ -1,0 +1,143 @@
+"""Heartbeats: leases, routes, cluster time and signs of life, once per pair of nodes and interval."""
+
+from __future__ import annotations
+
+from message_queue.core.messages import (
+    Heartbeat,
+    HeartbeatAnswer,
+    PromiseRecord,
+    Standing,
+    owner_of,
+)
+from message_queue.core.replication.clock import ClusterClock
+from message_queue.core.replication.desk import Desk
+from message_queue.core.replication.peers import Peer
+from message_queue.core.replication.seat import Seat
+
+
+class Heartbeats:
+    """Both sides of the exchange."""
+
+    def __init__(
+        self, desk: Desk, seats: dict[int, Seat], peers: dict[int, Peer], clock: ClusterClock
+    ) -> None:
+        self._desk = desk
+        self._seats = seats
+        self._peers = peers
+        self._clock = clock
+        self._due_ms = 0
+        self.routes: dict[int, tuple[int, int]] = {}
+        """Partition -> (epoch, when heard) of the node that says it owns it, for forwarding."""
+
+    def tick(self, now_ms: int) -> None:
+        if now_ms >= self._due_ms:
+            self._due_ms = now_ms + self._desk.config.heartbeat_ms
+            self.send(now_ms)
+
+    def send(self, now_ms: int) -> None:
+        """One round. Takeovers in progress are named as well: their leases run too."""
+        owned: list[tuple[int, int]] = []
+        claimed: list[tuple[int, int]] = []
+        for partition, seat in self._seats.items():
+            if seat.tenure is not None:
+                owned.append((partition, seat.tenure.epoch))
+            elif seat.takeover is not None and seat.takeover.epoch:
+                takeover = seat.takeover
+                (owned if takeover.elected else claimed).append((partition, takeover.epoch))
+        owns, claims = tuple(owned), tuple(claimed)
+        named = owns + claims
+        desk = self._desk
+        desk.beat += 1
+        for node, peer in self._peers.items():
+            beat = Heartbeat(desk.beat, peer.incarnation, self._clock.ms, owns, claims)
+            peer.sent(desk.beat, named, now_ms)
+            desk.send(node, beat)
+
+    def heard(self, sender: int, message: Heartbeat, now_ms: int) -> None:
+        """A peer's round: renew what it owns, unless something newer was promised."""
+        desk, peer = self._desk, self._peers[sender]
+        if message.beat <= peer.beat:
+            return
+        peer.beat = message.beat
+        peer.hears_me = message.heard == desk.config.incarnation
+        self._clock.hear(message.cluster_ms)
+        refused: list[tuple[int, int, int]] = []
+        named = dict(message.owned + message.claimed)
+        for partition, epoch in message.owned:
+            route = self.routes.get(partition)
+            if route is None or route[0] <= epoch:
+                self.routes[partition] = (epoch, now_ms)
+            seat = self._seats.get(partition)
+            if seat is None:
+                continue
+            seat.seen = max(seat.seen, epoch)
+            if not self._renew(seat, epoch, message.beat, now_ms):
+                refused.append((partition, epoch, seat.state.promised))
+        for partition, epoch in message.claimed:
+            seat = self._seats.get(partition)
+            # A claim's lease began with the claim; what was not granted then is not granted now.
+            if seat is not None and (
+                seat.lease_epoch != epoch or not self._renew(seat, epoch, message.beat, now_ms)
+            ):
+                refused.append((partition, epoch, seat.state.promised))
+        if peer.hears_me:
+            self._released(sender, named, message.beat)
+        desk.send(
+            sender,
+            HeartbeatAnswer(message.beat, peer.incarnation, self._clock.ms, tuple(refused)),
+        )
+
+    def _renew(self, seat: Seat, epoch: int, beat: int, now_ms: int) -> bool:
+        """Lengthens the lease of an owner that this node promised, or promises to follow it."""
+        state = seat.state
+        if epoch < state.promised:
+            return False
+        config = self._desk.config
+        seat.elect_ms = now_ms + config.patience_ms + self._desk.chance.below(100)
+        if epoch > state.promised:
+            # Elected without this node. Following it is a promise like any other: durable first, so
+            # the lease is renewed at a later heartbeat.
+            self._desk.persist(PromiseRecord(state.partition, epoch, self._desk.config.ring), state)
+            seat.promise_batch = self._desk.batch
+            return False
+        if seat.promise_batch > self._desk.durable:
+            return False
+        if state.standing is not Standing.MEMBER and seat.consented != epoch:
+            return False
+        seat.grant(epoch, beat, now_ms + config.lease_ms)
+        return True
+
+    def _released(self, sender: int, named: dict[int, int], beat: int) -> None:
+        """What a live node no longer names, it does not own: epochs are never resumed."""
+        for partition, seat in self._seats.items():
+            epoch = seat.lease_epoch
+            if (
+                epoch
+                and owner_of(epoch) == sender
+                and beat > seat.lease_beat
+                and named.get(partition) != epoch
+            ):
+                seat.release()
+
+    def answered(self, sender: int, message: HeartbeatAnswer, now_ms: int) -> None:
+        """A peer renewed the leases of a round, counted from when the round was sent."""
+        self._clock.hear(message.cluster_ms)
+        renewed = self._peers[sender].answered(message)
+        if renewed is None or message.heard != self._desk.config.incarnation:
+            return
+        sent_ms, owned = renewed
+        refused = {partition: promised for partition, _, promised in message.refused}
+        for partition, epoch in owned:
+            tenure = self._seats[partition].tenure
+            if tenure is None or tenure.epoch != epoch:
+                continue
+            follower = tenure.followers.get(sender)
+            if follower is None:
+                continue
+            promised = refused.get(partition)
+            if promised is None:
+                follower.renewed_ms = max(follower.renewed_ms, sent_ms)
+            elif promised > epoch:
+                tenure.outbid = max(tenure.outbid, promised)
+            else:
+                tenure.unsealed(sender, now_ms)

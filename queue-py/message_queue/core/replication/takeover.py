@@ -1,0 +1,278 @@
+"""Taking a partition over: canvass, claim, merge, fetch. What follows is a ``Tenure``.
+
+```
+ CANVASS ── enough would promise ──▶ CLAIM ── promises, durable ──▶ FETCH ── all bodies here ──▶
+seal ▲                                  │                              │ └────────── later, again
+◀─────────┴── refused, or out of time ◀──┘ ```
+
+The promises come with what each promiser has. Among those, only the latest seal counts: it was made
+from a majority's promises, so it contains whatever was committed before it, and a record of an
+older epoch that it does not contain is void for ever (a refused produce must not come back beside
+its retry). Records under that seal are merged by union; read quorum and write quorum overlap, so
+every committed put and ack is among them. This is the view change of Viewstamped Replication
+(Liskov and Cowling 2012, §4.2) with a union of sets in place of the longest log.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from message_queue.core.messages import (
+    MAX_NODES,
+    Canvass,
+    CanvassAnswer,
+    Claim,
+    Promise,
+    PromiseRecord,
+    Standing,
+    View,
+)
+from message_queue.core.replication.desk import Desk, OwnPromise
+from message_queue.core.replication.dots import DotSet
+from message_queue.core.replication.fetch import Fetch
+from message_queue.core.replication.records import RecordSet, merged
+from message_queue.core.replication.state import PartitionState
+
+CLAIM_TIMEOUTS = 3
+FETCH_PATIENCE_MS = 5_000
+
+
+class Phase(Enum):
+    CANVASS = "canvass"
+    CLAIM = "claim"
+    FETCH = "fetch"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class Takeover:
+    """One attempt. ``phase`` says what it waits for; the replicator acts on READY and FAILED."""
+
+    __slots__ = (
+        "_answers",
+        "_asked_ms",
+        "_began_ms",
+        "_desk",
+        "_fetch",
+        "_genesis",
+        "_moved_ms",
+        "_partition",
+        "_promises",
+        "_state",
+        "_total",
+        "claimed_ms",
+        "epoch",
+        "origin",
+        "phase",
+        "records",
+        "seen",
+    )
+
+    def __init__(self, desk: Desk, state: PartitionState, seen: int, now_ms: int) -> None:
+        """``seen``: the highest promise known of anybody."""
+        self._desk = desk
+        self._state = state
+        self._partition = state.partition
+        self.phase = Phase.CANVASS
+        self.epoch = 0
+        self.seen = max(seen, state.promised)
+        self.claimed_ms: dict[int, int] = {}
+        """When the claim was sent that a replica granted: its lease runs from there."""
+        self.origin = 0
+        self.records = RecordSet()
+        self._answers: dict[int, CanvassAnswer] = {}
+        self._promises: dict[int, tuple[Standing, View]] = {}
+        self._total = False
+        self._genesis = False
+        self._fetch: Fetch | None = None
+        self._began_ms = now_ms
+        self._asked_ms = now_ms
+        self._moved_ms = now_ms
+
+    # -- canvass ---------------------------------------------------------------------------------
+
+    def begin(self, now_ms: int, genesis: bool) -> None:
+        """``genesis``: this node has waited long enough for the others of a new cluster."""
+        for peer in self._desk.config.others(self._partition):
+            self._desk.send(peer, Canvass(self._partition, self.seen))
+        self._weigh(now_ms, genesis)
+
+    def canvassed(self, peer: int, answer: CanvassAnswer, now_ms: int, genesis: bool) -> None:
+        if self.phase is Phase.CANVASS:
+            self.seen = max(self.seen, answer.promised)
+            self._answers[peer] = answer
+            self._weigh(now_ms, genesis)
+
+    def _weigh(self, now_ms: int, genesis: bool) -> None:
+        """Claims when a majority of members would promise. If too few members exist, all replicas
+        must be there; and only a partition that nobody knows may be made by a majority of blanks.
+        """
+        config = self._desk.config
+        mine = self._state.standing
+        standings = [mine, *(a.standing for a in self._answers.values() if a.granted)]
+        members = standings.count(Standing.MEMBER)
+        majority = config.majority(self._partition)
+        if members >= majority:
+            if mine is Standing.MEMBER:
+                self._claim(now_ms, total=False, genesis=False)
+            return
+        if len(standings) == len(config.replicas(self._partition)):
+            self._claim(now_ms, total=True, genesis=False)
+            return
+        blank = all(s is Standing.BLANK for s in standings) and all(
+            a.standing is Standing.BLANK for a in self._answers.values()
+        )
+        if genesis and blank and len(standings) >= majority:
+            self._claim(now_ms, total=True, genesis=True)
+
+    # -- claim -----------------------------------------------------------------------------------
+
+    def _claim(self, now_ms: int, *, total: bool, genesis: bool) -> None:
+        desk = self._desk
+        self.phase = Phase.CLAIM
+        self._total = total
+        self._genesis = genesis
+        self.epoch = (self.seen // MAX_NODES + 1) * MAX_NODES + desk.config.node
+        self._began_ms = now_ms
+        desk.note("takeover_started", self._partition, self.epoch)
+        desk.persist(PromiseRecord(self._partition, self.epoch, desk.config.ring), self._state)
+        desk.later(OwnPromise(self._partition, self.epoch))
+        self._send_claims(now_ms)
+
+    def _send_claims(self, now_ms: int) -> None:
+        self._asked_ms = now_ms
+        desk = self._desk
+        for peer in desk.config.others(self._partition):
+            if peer not in self._promises:
+                # The earliest claim: which of several was granted is not known.
+                self.claimed_ms.setdefault(peer, now_ms)
+                desk.send(
+                    peer,
+                    Claim(self._partition, self.epoch, desk.config.ring, self._total, desk.beat),
+                )
+
+    def own_promise(self, epoch: int, now_ms: int) -> None:
+        if epoch == self.epoch and self.phase is Phase.CLAIM:
+            me = self._desk.config.node
+            self._promises[me] = (self._state.standing, self._state.view())
+            self._count(now_ms)
+
+    def promised(self, peer: int, message: Promise, now_ms: int) -> None:
+        if message.epoch != self.epoch or peer in self._promises:
+            return
+        self._promises[peer] = (message.standing, message.view)
+        if self.phase is Phase.CLAIM:
+            self._count(now_ms)
+        elif self.phase is Phase.FETCH and self._fetch is not None:
+            self._fetch.add_source(peer, DotSet(message.view.held))
+            self._fetch.ask(now_ms)
+
+    def refused(self, promised: int) -> None:
+        self.seen = max(self.seen, promised)
+        if self.phase in (Phase.CLAIM, Phase.FETCH):
+            self.phase = Phase.FAILED
+
+    def _count(self, now_ms: int) -> None:
+        """Merges once the promises suffice."""
+        config = self._desk.config
+        standings = [standing for standing, _ in self._promises.values()]
+        if config.node not in self._promises:
+            return
+        if self._genesis:
+            if any(standing is not Standing.BLANK for standing in standings):
+                self.phase = Phase.FAILED
+                return
+            enough = len(standings) >= config.majority(self._partition)
+        elif self._total:
+            enough = len(standings) == len(config.replicas(self._partition))
+        else:
+            enough = standings.count(Standing.MEMBER) >= config.majority(self._partition)
+        if enough:
+            self._merge(now_ms)
+
+    # -- merge and fetch -------------------------------------------------------------------------
+
+    def _merge(self, now_ms: int) -> None:
+        desk = self._desk
+        views = [
+            view
+            for standing, view in self._promises.values()
+            if self._total or standing is Standing.MEMBER
+        ]
+        origins = {view.origin for view in views if view.origin}
+        if len(origins) > 1:
+            desk.note("origin_conflict", self._partition, self.epoch, f"{sorted(origins)}")
+            self.phase = Phase.FAILED
+            return
+        self.origin = origins.pop() if origins else desk.chance.word() % 2**53 or 1
+        latest = max(view.sealed for view in views)
+        self.records = merged([RecordSet.of(view) for view in views if view.sealed == latest])
+        self.phase = Phase.FETCH
+        self._moved_ms = now_ms
+        fetch = Fetch(
+            desk, self._partition, self.epoch, self.records.held.minus(self._state.bodies())
+        )
+        for peer, (_, view) in self._promises.items():
+            if peer != desk.config.node:
+                fetch.add_source(peer, DotSet(view.held))
+        self._fetch = fetch
+        if fetch.remaining:
+            fetch.ask(now_ms)
+        self._settle()
+
+    def copied(self, taken: bool, now_ms: int) -> None:
+        """A page was taken (by ``fetch``)."""
+        if taken:
+            self._moved_ms = now_ms
+        self._settle()
+
+    @property
+    def grantors(self) -> tuple[int, ...]:
+        """The other nodes that promised, and gave a lease with it."""
+        return tuple(peer for peer in self._promises if peer in self.claimed_ms)
+
+    @property
+    def elected(self) -> bool:
+        """A majority promised."""
+        return self.phase in (Phase.FETCH, Phase.READY)
+
+    @property
+    def fetch(self) -> Fetch | None:
+        return self._fetch
+
+    def _settle(self) -> None:
+        """READY when every body is here. A put that no replica can read any more is given up, but
+        only when every replica has been asked; until then the partition is unavailable, not wrong.
+        """
+        fetch = self._fetch
+        if fetch is None or self.phase is not Phase.FETCH:
+            return
+        lost = fetch.lost()
+        if lost and len(self._promises) == len(self._desk.config.replicas(self._partition)):
+            for span in lost.spans():
+                self.records.held.remove_range(*span)
+                fetch.remaining.remove_range(*span)
+            self._desk.note("puts_lost", self._partition, self.epoch, f"{lost.spans()}")
+        if fetch.done:
+            self.phase = Phase.READY
+
+    # -- time ------------------------------------------------------------------------------------
+
+    def tick(self, now_ms: int) -> None:
+        timeout_ms = self._desk.config.timeout_ms
+        if self.phase is Phase.CANVASS:
+            if now_ms - self._began_ms >= timeout_ms:
+                self.phase = Phase.FAILED
+        elif self.phase is Phase.CLAIM:
+            if now_ms - self._began_ms >= CLAIM_TIMEOUTS * timeout_ms:
+                self.phase = Phase.FAILED
+            elif now_ms - self._asked_ms >= timeout_ms:
+                self._send_claims(now_ms)
+        elif self.phase is Phase.FETCH and self._fetch is not None:
+            if now_ms - self._moved_ms >= FETCH_PATIENCE_MS:
+                self.phase = Phase.FAILED
+                return
+            self._fetch.tick(now_ms)
+            if now_ms - self._asked_ms >= timeout_ms:
+                self._send_claims(now_ms)
+            self._settle()

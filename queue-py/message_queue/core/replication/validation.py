@@ -1,0 +1,102 @@
+"""Is a decoded message plausible? Peers are authenticated, not trusted: a bug or an intruder there
+must not corrupt what is here, nor make this node allocate without bound.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from message_queue.core.messages import (
+    Ack,
+    Append,
+    Attest,
+    Canvass,
+    CanvassAnswer,
+    Claim,
+    Copies,
+    Heartbeat,
+    HeartbeatAnswer,
+    Inquire,
+    PeerMessage,
+    Promise,
+    Pull,
+    Put,
+    Refusal,
+    Seal,
+    Set,
+    Soft,
+    Stored,
+    View,
+    Yield,
+    owner_of,
+)
+from message_queue.core.replication.dots import well_formed
+
+MAX_HELD = 1 << 28
+"""Held puts in one partition: what a view may make this node allocate bits for."""
+
+
+def plausible_view(view: View, below: int) -> bool:
+    """Well-formed, no dot of an epoch above ``below``, and nothing held that is not covered."""
+    if not well_formed(view.context) or not well_formed(view.held):
+        return False
+    if view.context and view.context[-1][0] > below:
+        return False
+    if sum(last - first + 1 for _, first, last in view.held) > MAX_HELD:
+        return False
+    covers = iter(view.context)
+    cover = next(covers, None)
+    for epoch, first, last in view.held:
+        while cover is not None and (cover[0], cover[2]) < (epoch, first):
+            cover = next(covers, None)
+        if cover is None or cover[0] != epoch or cover[1] > first or cover[2] < last:
+            return False
+    return all(s.epoch <= below and s.value for s in view.settings)
+
+
+def _plausible_append(message: Append) -> bool:
+    entries = message.entries
+    if not entries:
+        return False
+    first = entries[0].seq
+    for seq, entry in enumerate(entries, first):
+        if entry.seq != seq or seq < 1:
+            return False
+        match entry:
+            case Ack(_, targets):
+                if not well_formed(targets):
+                    return False
+                if targets and (targets[-1][0], targets[-1][2]) >= (message.epoch, seq):
+                    return False
+            case Put() | Set():
+                pass
+            case _:
+                assert_never(entry)
+    return True
+
+
+def plausible(sender: int, message: PeerMessage) -> bool:
+    """False: ignore the message. ``sender`` is the authenticated node."""
+    match message:
+        case Heartbeat(_, _, _, owned, claimed):
+            return all(owner_of(epoch) == sender and epoch > 0 for _, epoch in (*owned, *claimed))
+        case HeartbeatAnswer() | Canvass() | CanvassAnswer() | Refusal() | Stored():
+            return True
+        case Inquire() | Attest():
+            return True
+        case Claim(_, epoch):
+            return epoch > 0 and owner_of(epoch) == sender
+        case Promise(_, epoch, _, view):
+            return plausible_view(view, epoch)
+        case Pull(_, _, wanted):
+            return well_formed(wanted)
+        case Copies(_, _, copies, missing):
+            return well_formed(missing) and all(c.seq > 0 and c.epoch > 0 for c in copies)
+        case Seal(_, epoch, _, view):
+            return epoch > 0 and owner_of(epoch) == sender and plausible_view(view, epoch)
+        case Append(_, epoch):
+            return epoch > 0 and owner_of(epoch) == sender and _plausible_append(message)
+        case Yield(_, epoch) | Soft(_, epoch):
+            return owner_of(epoch) == sender
+        case _:
+            assert_never(message)
