@@ -83,7 +83,7 @@ function Find-Python {
         $seen += "  $($candidate -join ' '): $said"
     }
     $found = $seen -join [Environment]::NewLine
-    Stop-WithError ("Python 3.11 or newer is needed (every older line is past or near its end of life). Found:" +
+    Stop-WithError ("Python 3.11 or newer is needed (every older version is past its end of life). Found:" +
         [Environment]::NewLine + $found + [Environment]::NewLine +
         'Install one (https://www.python.org/downloads/), or name it: $env:PYTHON = "C:\path\to\python.exe"')
 }

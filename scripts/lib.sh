@@ -47,15 +47,15 @@ find_python() {
   for candidate in ${PYTHON:+"$PYTHON"} python3 python3.14 python3.13 python3.12 python3.11 python; do
     command -v "$candidate" >/dev/null 2>&1 || [ "$candidate" = "${PYTHON:-}" ] || continue
     answer=$("$candidate" -c 'import sys
-print("%d.%d" % sys.version_info[:2], end=" ")
+answer = "ok"
 if sys.version_info < (3, 11):
-    print("is too old")
+    answer = "is too old"
 else:
     try:
         import ensurepip, venv
-        print("ok")
     except ImportError:
-        print("has no venv module (Debian, Ubuntu: apt-get install python3-venv)")' 2>/dev/null) ||
+        answer = "has no venv module (Debian, Ubuntu: apt-get install python3-venv)"
+print("%d.%d %s" % (sys.version_info[0], sys.version_info[1], answer))' 2>/dev/null) ||
       answer="does not run"
     case $answer in
       *" ok")
@@ -68,7 +68,7 @@ else:
     [ "$candidate" != "${PYTHON:-}" ] || break
   done
   {
-    printf 'error: Python 3.11 or newer is needed (every older line is past or near its end of life). Found:%s\n' \
+    printf 'error: Python 3.11 or newer is needed (every older version is past its end of life). Found:%s\n' \
       "${seen:- no Python at all}"
     printf 'Install one (https://www.python.org/downloads/), or name it: PYTHON=/path/to/python3.12 %s\n' "$0"
   } >&2

@@ -90,3 +90,29 @@ def test_powershell_scripts_refuse_a_wrong_argument_with_exit_code_2(script: str
 def test_bash_scripts_can_be_run(path: Path) -> None:
     if path.name != "lib.sh":
         assert path.stat().st_mode & 0o111
+
+
+VERBS = ["style", "types", "layers", "test", "sim", "teeth", "bench", "start", "stop", "check"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_make_knows_the_verb_and_says_what_it_does(verb: str) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(
+        ["make", "-n", verb], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shown = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f"make {verb} " in shown.stdout
+
+
+def test_pre_commit_and_ci_call_the_same_verbs() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
+    for verb in ("style", "types", "layers", "shell"):
+        assert f"entry: make {verb}" in hooks
+        assert f"make {verb}" in ci
+    assert "./scripts/test.sh" in ci
