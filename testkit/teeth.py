@@ -1,0 +1,215 @@
+"""Plants known bugs, one at a time, and demands that the tests catch each.
+
+`python -m testkit.teeth SERVICE_FOLDER [ID…] [--workers 2]` reads the service's `tests/teeth.toml`.
+For every bug: copy the service and testkit to a temporary folder, replace `old` by `new` in `file`,
+run the tests under `catch`; at least one of them must fail. First the same tests run on a clean
+copy, where all must pass: a test that always fails catches nothing.
+
+Exit code 0 if every bug was caught; 1 if one survived or its patch no longer applies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+TIMEOUT_S: Final = 300.0
+IGNORED: Final = shutil.ignore_patterns("__pycache__", "data", ".*", "*.log", "node_modules")
+_FAILED: Final = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """One planted bug, as teeth.toml has it."""
+
+    id: str
+    file: str
+    old: str
+    new: str
+    catch: tuple[str, ...]
+    why: str
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Bite:
+    """What became of a bug. `by` names the test that failed; empty if it survived."""
+
+    bug: Bug
+    caught: bool
+    by: str
+    seconds: float
+    output: str = ""
+
+
+class TeethError(Exception):
+    """The table itself is wrong: unreadable, or a patch that does not apply."""
+
+
+def load(table: Path) -> list[Bug]:
+    """The bugs of a teeth.toml; TeethError names what is wrong in it."""
+    try:
+        entries: list[dict[str, Any]] = tomllib.loads(table.read_text())["bug"]
+        bugs = [Bug(**{**entry, "catch": tuple(entry["catch"])}) for entry in entries]
+    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+        raise TeethError(f"{table}: {type(error).__name__}: {error}") from error
+    ids = [bug.id for bug in bugs]
+    twice = {each for each in ids if ids.count(each) > 1}
+    if twice:
+        raise TeethError(f"{table}: the same id twice: {', '.join(sorted(twice))}")
+    return bugs
+
+
+def apply(bug: Bug, folder: Path) -> None:
+    """Plant the bug in a copy of the service. TeethError unless `old` is there exactly once."""
+    path = folder / bug.file
+    if not path.is_file():
+        raise TeethError(f"{bug.id}: there is no {bug.file}")
+    text = path.read_text()
+    found = text.count(bug.old)
+    if found != 1 or bug.old == bug.new:
+        raise TeethError(f"{bug.id}: `old` occurs {found} times in {bug.file}, expected once")
+    path.write_text(text.replace(bug.old, bug.new))
+
+
+def _copy(service: Path, to: Path) -> Path:
+    """The repository as the tests need it: configuration, testkit, this service."""
+    folder = to / service.name
+    shutil.copytree(service, folder, ignore=IGNORED)
+    shutil.copytree(ROOT / "testkit", to / "testkit", ignore=IGNORED)
+    shutil.copy(ROOT / "pyproject.toml", to)
+    return folder
+
+
+def _pytest(folder: Path, tests: Sequence[str], env: dict[str, str]) -> tuple[int, str]:
+    """Run tests inside a copy; pytest's exit code (1: failed as wanted, -1: hung), its output."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "--no-header"]
+    command += [f"{folder.name}/{test}" for test in tests]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHONPATH"))}
+    with tempfile.TemporaryFile() as sink:
+        child = subprocess.Popen(
+            command,
+            cwd=folder.parent,
+            env={**inherited, "PYTHONDONTWRITEBYTECODE": "1", **env},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = child.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            code = -1
+        finally:
+            _end(child)
+        sink.seek(0)
+        return code, sink.read().decode(errors="replace")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Nobody of a hung or interrupted run stays: nodes share pytest's process group."""
+    if child.poll() is not None:
+        return
+    if sys.platform == "win32":
+        child.kill()
+    else:
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def bite(service: Path, bug: Bug) -> Bite:
+    """Plant one bug and run its tests. A hang counts as caught; an error of collection does not."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="teeth-") as where:
+        folder = _copy(service, Path(where))
+        apply(bug, folder)
+        code, output = _pytest(folder, bug.catch, bug.env)
+    took_s = time.monotonic() - began
+    if code == -1:
+        return Bite(bug, True, "a hang", took_s, output)
+    failed = _FAILED.search(output)
+    # Code 1 is "tests failed"; 2 and up are pytest's own troubles (no such test, broken import).
+    return Bite(bug, code == 1, failed[1] if failed else "", took_s, output)
+
+
+def check_clean(service: Path, bugs: Sequence[Bug]) -> str:
+    """Run every named test without a bug; the output if one fails, else an empty string."""
+    groups: dict[tuple[tuple[str, str], ...], set[str]] = {}
+    for bug in bugs:
+        groups.setdefault(tuple(sorted(bug.env.items())), set()).update(bug.catch)
+    with tempfile.TemporaryDirectory(prefix="teeth-") as where:
+        folder = _copy(service, Path(where))
+        for env, tests in groups.items():
+            code, output = _pytest(folder, sorted(tests), dict(env))
+            if code != 0:
+                return output
+    return ""
+
+
+def run(service: Path, only: Sequence[str] = (), workers: int = 2) -> int:
+    """The whole table, printed as it goes; the exit code."""
+    bugs = load(service / "tests" / "teeth.toml")
+    unknown = set(only) - {bug.id for bug in bugs}
+    if unknown:
+        raise TeethError(f"no such bug: {', '.join(sorted(unknown))}")
+    bugs = [bug for bug in bugs if not only or bug.id in only]
+    for bug in bugs:  # all patches first: a stale one is told in a second, not in minutes
+        _applies(service, bug)
+    broken = check_clean(service, bugs)
+    if broken:
+        print(f"the tests fail without any bug:\n{broken}")
+        return 1
+    survivors = []
+    width = max((len(bug.id) for bug in bugs), default=0)
+    print(f"{'planted bug':<{width}}  caught by")
+    with ThreadPoolExecutor(workers) as pool:
+        for bitten in pool.map(lambda bug: bite(service, bug), bugs):
+            verdict = bitten.by if bitten.caught else "SURVIVED"
+            print(f"{bitten.bug.id:<{width}}  {verdict}  {bitten.seconds:.1f} s", flush=True)
+            if not bitten.caught:
+                survivors.append(bitten)
+    for bitten in survivors:
+        print(f"\n{bitten.bug.id} survived: {bitten.bug.why}\n{bitten.output[-2000:]}")
+    print(f"\n{len(bugs) - len(survivors)} of {len(bugs)} planted bugs caught")
+    return 1 if survivors else 0
+
+
+def _applies(service: Path, bug: Bug) -> None:
+    with tempfile.TemporaryDirectory(prefix="teeth-") as where:
+        target = Path(where) / bug.file
+        target.parent.mkdir(parents=True)
+        source = service / bug.file
+        if source.is_file():
+            shutil.copy(source, target)
+        apply(bug, Path(where))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m testkit.teeth", description=__doc__)
+    parser.add_argument("service", type=Path, help="folder of the service, e.g. queue-py")
+    parser.add_argument("ids", nargs="*", help="only these bugs")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    try:
+        return run((ROOT / arguments.service).resolve(), arguments.ids, arguments.workers)
+    except TeethError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
