@@ -9,6 +9,13 @@ PACKAGES := lock_manager message_queue mesi_cache secure_store testkit
 MAINS := distributed-lock-py/src queue-py cache-py secure-app-py
 REQUIREMENTS := $(SERVICES:%=%/requirements.txt) testkit/requirements.txt
 
+# A service by its short name or its folder; every folder when none is named.
+FOLDER_lock := distributed-lock-py
+FOLDER_queue := queue-py
+FOLDER_cache := cache-py
+FOLDER_secure := secure-app-py
+folders = $(if $(1),$(or $(FOLDER_$(1)),$(1)),$(SERVICES))
+
 ifdef LINT_PYTHON
 LINT := $(LINT_PYTHON)
 LINT_READY :=
@@ -53,14 +60,14 @@ shell: ## shellcheck
 test: ## every test; ARGS="queue-py -k recovery" narrows
 	./scripts/test.sh $(ARGS)
 
-sim: environment ## simulation: make sim SERVICE=lock [SEED=42] [ARGS=...]
-	.venv/bin/python -m testkit.sim $(SERVICE) $(if $(SEED),--seed $(SEED)) $(ARGS)
+sim: environment ## simulation: make sim SERVICE=lock [SEED=42, replayed event by event] [ARGS="--seeds 500"]
+	.venv/bin/python -m testkit.sim $(or $(SERVICE),$(error SERVICE=lock|queue|cache|secure is needed)) $(if $(SEED),--seed $(SEED) --verbose) $(ARGS)
 
-teeth: environment ## planted bugs: each must be caught; SERVICE=lock narrows
-	.venv/bin/python -m testkit.teeth $(SERVICE) $(ARGS)
+teeth: environment ## planted bugs, each must be caught: [SERVICE=lock] [ARGS="a-bug's-id"]
+	set -e; for each in $(call folders,$(SERVICE)); do .venv/bin/python -m testkit.teeth $$each $(ARGS); done
 
-bench: environment ## the service's benchmark: make bench SERVICE=queue-py
-	set -e; for each in $(or $(SERVICE),$(SERVICES)); do for file in $$each/bench/*.py; do .venv/bin/python $$file $(ARGS); done; done
+bench: environment ## measurements: [SERVICE=queue] [ARGS=...]
+	set -e; for each in $(call folders,$(SERVICE)); do .venv/bin/python $$each/bench/run.py $(ARGS); done
 
 start: ## start every cluster, or SERVICE=lock
 	./scripts/start.sh $(SERVICE)
