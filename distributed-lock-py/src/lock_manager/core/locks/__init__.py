@@ -1,0 +1,1 @@
+"""The replicated lock machine (machine.py), its commands, answers and views."""
