@@ -5,6 +5,7 @@ from testkit.sim.coverage import Coverage
 from testkit.sim.disk import Damaged, Disk, DiskSettings
 from testkit.sim.driver import Harness, Result, Scenario, SimFailure, many, run, seeds
 from testkit.sim.faults import Faults
+from testkit.sim.loading import scenarios
 from testkit.sim.network import PERFECT, ROUGH, DropRule, LinkSettings, Network
 from testkit.sim.tasks import TIMED_OUT, Promise
 from testkit.sim.world import Host, Node, World
@@ -33,5 +34,6 @@ __all__ = [
     "World",
     "many",
     "run",
+    "scenarios",
     "seeds",
 ]

@@ -262,7 +262,7 @@ def tiny_histories(draw: st.DrawFn) -> list[Operation]:
 
 
 @given(tiny_histories())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_it_agrees_with_brute_force_on_tiny_histories(operations: list[Operation]) -> None:
     verdict = linearizable.check(operations, Register())
     assert verdict.valid is brute_force(operations, Register())

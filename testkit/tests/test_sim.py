@@ -25,6 +25,7 @@ from testkit.sim import (
     World,
     many,
     run,
+    scenarios,
     seeds,
 )
 from testkit.tests.toy_sim import HASTY, HONEST, ToyHarness, ToyNode
@@ -357,3 +358,13 @@ def test_no_faults_means_no_faults() -> None:
     coverage = run(Scenario("calm", HONEST.nodes, HONEST.harness, faults=Faults()), 5).coverage
     assert not [name for name in coverage if name.startswith("fault_")]
     assert coverage["timeouts"] == 0
+
+
+def test_scenarios_are_found_by_path_and_told_apart_by_file(tmp_path: Path) -> None:
+    toy = ROOT / "testkit" / "tests" / "toy_sim.py"
+    assert set(scenarios(str(toy))) == {"toy", "hasty"}
+    copy = tmp_path / "toy_sim.py"
+    copy.write_text(toy.read_text().replace('"hasty"', '"hastier"'))
+    assert set(scenarios(str(copy))) == {"toy", "hastier"}
+    with pytest.raises(FileNotFoundError):
+        scenarios(str(tmp_path / "none.py"))

@@ -41,23 +41,20 @@ def table(service: Path, *rows: dict[str, str]) -> None:
 MINUS = {"id": "minus", "old": "a + b", "new": "a - b", "test": "test_add"}
 
 
-def test_a_bug_that_the_tests_see_is_caught(
+def test_a_bug_is_caught_or_told_to_have_survived(
     service: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table(service, MINUS)
-    assert teeth.run(service) == 0
-    printed = capsys.readouterr().out
-    assert "test_sums.py::test_add" in printed
-    assert "1 of 1 planted bugs caught" in printed
-    assert "a + b" in (service / "toy" / "sums.py").read_text(), "the original is never touched"
-
-
-def test_a_bug_that_no_test_sees_is_told(service: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table(service, MINUS, {**MINUS, "id": "blind", "test": "test_zero"})
     assert teeth.run(service) == 1
     printed = capsys.readouterr().out
+    assert "test_sums.py::test_add" in printed
     assert "blind  SURVIVED" in printed
     assert "1 of 2 planted bugs caught" in printed
+    assert "a + b" in (service / "toy" / "sums.py").read_text(), "the original is never touched"
+
+
+def test_one_bug_can_be_asked_for(service: Path) -> None:
+    table(service, MINUS, {**MINUS, "id": "blind", "test": "test_zero"})
     assert teeth.run(service, ["minus"]) == 0
 
 
