@@ -1,0 +1,251 @@
+"""The store's tables: rows in, rows out, and a checksum on each.
+
+SQLite's WAL frames are checksummed, its pages are not: a flipped bit in a page is read as if it
+had been written. So every row carries a CRC-32 over all of its values, and one row says where the
+log begins and ends, for rows that vanish with a damaged page.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from lock_manager.core.raft import (
+    Configuration,
+    Entry,
+    EntryKind,
+    HardState,
+    Persist,
+    Restored,
+    Snapshot,
+)
+from lock_manager.storage.errors import CorruptStore
+
+SNAPSHOT_CHUNK_BYTES = 1 << 20
+
+SCHEMA = """
+CREATE TABLE identity (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE peers (
+    position INTEGER PRIMARY KEY, node_id TEXT NOT NULL, store_id TEXT NOT NULL,
+    crc INTEGER NOT NULL);
+CREATE TABLE state (
+    id INTEGER PRIMARY KEY CHECK (id = 0), term INTEGER NOT NULL, voted_for INTEGER,
+    first_index INTEGER NOT NULL, last_index INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE entries (
+    log_index INTEGER PRIMARY KEY, term INTEGER NOT NULL, kind INTEGER NOT NULL,
+    payload BLOB NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE snapshot (
+    id INTEGER PRIMARY KEY CHECK (id = 0), log_index INTEGER NOT NULL, term INTEGER NOT NULL,
+    configuration BLOB NOT NULL, chunks INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE snapshot_chunks (
+    number INTEGER PRIMARY KEY, log_index INTEGER NOT NULL, data BLOB NOT NULL,
+    crc INTEGER NOT NULL);
+"""
+
+
+class PeerIdentity(msgspec.Struct, frozen=True):
+    """Who answered at a position when it was met first."""
+
+    position: int
+    node_id: str
+    store_id: str
+
+
+def checksum(*values: int | str | bytes | None) -> int:
+    """CRC-32 of a row's values. Lengths are included, so that no byte can move between columns."""
+    crc = 0
+    for value in values:
+        raw = value if isinstance(value, bytes) else repr(value).encode()
+        crc = zlib.crc32(raw, zlib.crc32(b"%d:" % len(raw), crc))
+    return crc
+
+
+def entry_checksum(index: int, term: int, kind: int, payload: bytes) -> int:
+    """As `checksum`, for the one row that is written often."""
+    return zlib.crc32(payload, zlib.crc32(b"%d %d %d" % (index, term, kind)))
+
+
+class Extent:
+    """Where the stored log begins and ends, and the hard state: the row `state`, kept in memory."""
+
+    __slots__ = ("first_index", "hard_state", "last_index")
+
+    def __init__(self, hard_state: HardState, first_index: int, last_index: int) -> None:
+        self.hard_state = hard_state
+        self.first_index = first_index
+        self.last_index = last_index  # first_index - 1: no entries
+
+    def save(self, connection: sqlite3.Connection) -> None:
+        row = (
+            self.hard_state.term,
+            self.hard_state.voted_for,
+            self.first_index,
+            self.last_index,
+        )
+        connection.execute(
+            "INSERT OR REPLACE INTO state VALUES (0, ?, ?, ?, ?, ?)", (*row, checksum(*row))
+        )
+
+
+def create(connection: sqlite3.Connection, store_id: str) -> None:
+    """Makes an empty store, inside the caller's transaction."""
+    for statement in SCHEMA.split(";"):
+        connection.execute(statement)
+    connection.execute(
+        "INSERT INTO identity VALUES ('store_id', ?, ?)",
+        (store_id, checksum("store_id", store_id)),
+    )
+    Extent(HardState(), 1, 0).save(connection)
+
+
+def apply(connection: sqlite3.Connection, extent: Extent, write: Persist) -> None:
+    """Carries out one write, inside the caller's transaction; the caller saves `extent` at its
+    end."""
+    if write.hard_state is not None:
+        extent.hard_state = write.hard_state
+    if write.snapshot is not None:
+        _save_snapshot(connection, write.snapshot)
+    if write.truncate_from is not None and write.truncate_from <= extent.last_index:
+        connection.execute("DELETE FROM entries WHERE log_index >= ?", (write.truncate_from,))
+        extent.last_index = write.truncate_from - 1
+    if write.compact_to is not None and write.compact_to >= extent.first_index:
+        connection.execute("DELETE FROM entries WHERE log_index <= ?", (write.compact_to,))
+        extent.first_index = write.compact_to + 1
+        extent.last_index = max(extent.last_index, write.compact_to)
+    if write.entries:
+        if write.entries[0].index != extent.last_index + 1:
+            raise ValueError(f"entry {write.entries[0].index} does not follow {extent.last_index}")
+        connection.executemany(
+            "INSERT INTO entries VALUES (?, ?, ?, ?, ?)",
+            [
+                (
+                    entry.index,
+                    entry.term,
+                    entry.kind,
+                    entry.payload,
+                    entry_checksum(entry.index, entry.term, entry.kind, entry.payload),
+                )
+                for entry in write.entries
+            ],
+        )
+        extent.last_index = write.entries[-1].index
+
+
+def _save_snapshot(connection: sqlite3.Connection, snapshot: Snapshot) -> None:
+    connection.execute("DELETE FROM snapshot_chunks")
+    view = memoryview(snapshot.data)
+    starts = range(0, len(view), SNAPSHOT_CHUNK_BYTES)
+    for number, start in enumerate(starts):
+        data = bytes(view[start : start + SNAPSHOT_CHUNK_BYTES])
+        connection.execute(
+            "INSERT INTO snapshot_chunks VALUES (?, ?, ?, ?)",
+            (number, snapshot.index, data, checksum(number, snapshot.index, data)),
+        )
+    row = (
+        snapshot.index,
+        snapshot.term,
+        msgspec.msgpack.encode(snapshot.configuration),
+        len(starts),
+    )
+    connection.execute(
+        "INSERT OR REPLACE INTO snapshot VALUES (0, ?, ?, ?, ?, ?)", (*row, checksum(*row))
+    )
+
+
+def bind_peer(connection: sqlite3.Connection, peer: PeerIdentity) -> None:
+    row = (peer.position, peer.node_id, peer.store_id)
+    connection.execute("INSERT OR REPLACE INTO peers VALUES (?, ?, ?, ?)", (*row, checksum(*row)))
+
+
+# ------------------------------------------------------------------------------------ reading back
+
+
+def load(connection: sqlite3.Connection) -> tuple[Restored, Extent]:
+    """Everything that Raft stored, each row checked; raises CorruptStore."""
+    states = connection.execute(
+        "SELECT term, voted_for, first_index, last_index, crc FROM state"
+    ).fetchall()
+    if len(states) != 1:
+        raise CorruptStore("the row of term and vote is missing")
+    _check(states[0], "the row of term and vote")
+    term, voted_for, first_index, last_index, _ = states[0]
+    extent = Extent(HardState(term, voted_for), first_index, last_index)
+    snapshot = _load_snapshot(connection)
+    entries = _load_entries(connection, extent)
+    if first_index > snapshot.index + 1:
+        raise CorruptStore(
+            f"the log begins at {first_index}, the snapshot ends at {snapshot.index}"
+        )
+    restored = Restored(hard_state=extent.hard_state, snapshot=snapshot, entries=tuple(entries))
+    return restored, extent
+
+
+def load_store_id(connection: sqlite3.Connection) -> str:
+    rows = connection.execute("SELECT key, value, crc FROM identity").fetchall()
+    for row in rows:
+        _check(row, "the identity row")
+        if row[0] == "store_id":
+            return str(row[1])
+    raise CorruptStore("the identity row is missing")
+
+
+def load_peers(connection: sqlite3.Connection) -> list[PeerIdentity]:
+    rows = connection.execute("SELECT position, node_id, store_id, crc FROM peers").fetchall()
+    for row in rows:
+        _check(row, "a peer's row")
+    return [PeerIdentity(*row[:-1]) for row in rows]
+
+
+def _check(row: tuple[int | str | bytes | None, ...], what: str) -> None:
+    if row[-1] != checksum(*row[:-1]):
+        raise CorruptStore(f"{what} does not match its checksum")
+
+
+def _load_snapshot(connection: sqlite3.Connection) -> Snapshot:
+    rows = connection.execute(
+        "SELECT log_index, term, configuration, chunks, crc FROM snapshot"
+    ).fetchall()
+    chunks = connection.execute(
+        "SELECT number, log_index, data, crc FROM snapshot_chunks ORDER BY number"
+    ).fetchall()
+    if not rows:
+        if chunks:
+            raise CorruptStore("the snapshot's row is missing")
+        return Snapshot()
+    _check(rows[0], "the snapshot's row")
+    index, term, raw_configuration, count, _ = rows[0]
+    if [chunk[0] for chunk in chunks] != list(range(count)):
+        raise CorruptStore("a part of the snapshot is missing")
+    for chunk in chunks:
+        _check(chunk, f"part {chunk[0]} of the snapshot")
+        if chunk[1] != index:
+            raise CorruptStore(f"part {chunk[0]} belongs to another snapshot")
+    try:
+        configuration = msgspec.msgpack.decode(raw_configuration, type=Configuration)
+    except msgspec.DecodeError as error:
+        raise CorruptStore(f"the snapshot's configuration is not readable: {error}") from error
+    return Snapshot(index, term, configuration, b"".join(chunk[2] for chunk in chunks))
+
+
+def _load_entries(connection: sqlite3.Connection, extent: Extent) -> list[Entry]:
+    rows: Iterable[tuple[Any, ...]] = connection.execute(
+        "SELECT log_index, term, kind, payload, crc FROM entries ORDER BY log_index"
+    )
+    entries: list[Entry] = []
+    expected, last_term = extent.first_index, 0
+    for index, term, kind, payload, crc in rows:
+        if index != expected:
+            raise CorruptStore(f"entry {expected} is missing")
+        if not isinstance(payload, bytes) or crc != entry_checksum(index, term, kind, payload):
+            raise CorruptStore(f"entry {index} does not match its checksum")
+        if term < last_term:
+            raise CorruptStore(f"entry {index} has a lower term than the one before it")
+        entries.append(Entry(index, term, EntryKind(kind), payload))
+        expected, last_term = index + 1, term
+    if expected != extent.last_index + 1:
+        raise CorruptStore(f"entry {expected} is missing")
+    return entries

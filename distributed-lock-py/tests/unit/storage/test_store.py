@@ -1,0 +1,292 @@
+"""The store gives back what was acknowledged, or says that it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lock_manager.core.invariants import DiskImage
+from lock_manager.core.raft import (
+    Configuration,
+    Entry,
+    EntryKind,
+    HardState,
+    Member,
+    Persist,
+    Restored,
+    Snapshot,
+)
+from lock_manager.storage import (
+    CorruptStore,
+    ForeignStore,
+    Owner,
+    PeerIdentity,
+    Store,
+    StoreFailed,
+    StoreInUse,
+)
+
+OWNER = Owner("node1", 1, "127.0.0.1:7000", "127.0.0.1:8000")
+MEMBERS = Configuration((Member(node_id=1), Member(node_id=2)))
+
+
+def entry(index: int, term: int, size: int = 40) -> Entry:
+    return Entry(index, term, EntryKind.COMMAND, bytes([index % 251]) * size)
+
+
+async def write(store: Store, writes: Iterable[Persist]) -> None:
+    """Submits all and waits until the last one is durable."""
+    finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    last = 0
+
+    def done(seq: int) -> None:
+        if seq == last and not finished.done():
+            finished.set_result(None)
+
+    def failed(error: StoreFailed) -> None:
+        if not finished.done():
+            finished.set_exception(error)
+
+    store.start(done, failed)
+    for one in writes:
+        last = one.seq
+        store.submit(one)
+    async with asyncio.timeout(20):
+        await finished
+
+
+def sample_writes() -> list[Persist]:
+    """Everything that Raft does to a store: append, truncate, compact, install over a conflict."""
+    return [
+        Persist(seq=1, hard_state=HardState(1, 1), entries=tuple(entry(i, 1) for i in range(1, 9))),
+        Persist(seq=2, hard_state=HardState(2, None), truncate_from=5, entries=(entry(5, 2),)),
+        Persist(seq=3, snapshot=Snapshot(3, 1, MEMBERS, os.urandom(3 << 20)), compact_to=3),
+        Persist(seq=4, entries=tuple(entry(i, 2) for i in range(6, 40))),
+        Persist(
+            seq=5,
+            hard_state=HardState(4, 2),
+            snapshot=Snapshot(50, 3, MEMBERS, b"state"),
+            truncate_from=51,
+            compact_to=50,
+        ),
+        Persist(seq=6, entries=tuple(entry(i, 4) for i in range(51, 61))),
+    ]
+
+
+async def test_a_reopened_store_holds_what_was_written(tmp_path: Path) -> None:
+    image = DiskImage()
+    for cut in range(1, 7):
+        path = tmp_path / str(cut)
+        store = Store.open(path, OWNER)
+        assert store.restored == Restored()
+        writes = sample_writes()[:cut]
+        await write(store, writes)
+        await store.close()
+        image = DiskImage()
+        for one in writes:
+            image.apply(one)
+        again = Store.open(path, OWNER)
+        assert again.restored == image.restored
+        assert again.store_id == store.store_id
+        await again.close()
+
+
+async def test_all_that_waits_shares_one_transaction(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, OWNER)
+    commits = 0
+
+    def count(statement: str) -> None:
+        nonlocal commits
+        commits += statement == "COMMIT"
+
+    store._connection.set_trace_callback(count)
+    for seq in range(1, 501):  # before the writer starts: all of it waits
+        store.submit(Persist(seq=seq, entries=(entry(seq, 1),)))
+    await write(store, [Persist(seq=501, entries=(entry(501, 1),))])
+    assert store.backlog_bytes == 0
+    await store.close()
+    assert commits <= 3
+
+
+async def test_peers_are_remembered(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, OWNER)
+    store.bind_peer(PeerIdentity(2, "node2", "abc"))
+    await write(store, [Persist(seq=1, hard_state=HardState(1, None))])
+    await store.close()
+    again = Store.open(tmp_path, OWNER)
+    assert again.peers == {2: PeerIdentity(2, "node2", "abc")}
+    await again.close()
+
+
+async def test_a_failed_commit_is_reported_once_and_nothing_is_written_after_it(
+    tmp_path: Path,
+) -> None:
+    store = Store.open(tmp_path, OWNER)
+    told: list[object] = []
+    first = asyncio.Event()
+
+    def tell(what: object) -> None:
+        told.append(what)
+        first.set()
+
+    store.start(tell, tell)
+    connection = store._connection
+
+    class Failing:
+        """A disk whose fsync fails once and would then pretend that all is well."""
+
+        def __init__(self) -> None:
+            self.failures = 1
+
+        def execute(self, statement: str, *arguments: object) -> sqlite3.Cursor:
+            if statement == "COMMIT" and self.failures:
+                self.failures -= 1
+                raise sqlite3.OperationalError("disk I/O error")
+            return connection.execute(statement, *arguments)
+
+        def executemany(self, statement: str, rows: Iterable[object]) -> sqlite3.Cursor:
+            return connection.executemany(statement, rows)  # type: ignore[arg-type]
+
+    store._connection = Failing()  # type: ignore[assignment]
+    store.submit(Persist(seq=1, entries=(entry(1, 1),)))
+    async with asyncio.timeout(20):
+        await first.wait()
+    assert isinstance(told[0], StoreFailed)
+    store.submit(Persist(seq=2, entries=(entry(2, 1),)))
+    await store.close()
+    assert len(told) == 1
+
+
+def test_a_directory_has_one_owner_and_one_user(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, OWNER)
+    with pytest.raises(StoreInUse):
+        Store.open(tmp_path, OWNER)
+    asyncio.run(store.close())
+    for wrong in (
+        msgspec.structs.replace(OWNER, node_id="node2"),
+        msgspec.structs.replace(OWNER, position=2),
+        msgspec.structs.replace(OWNER, raft_addr="127.0.0.1:1", http_addr="127.0.0.1:2"),
+    ):
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with pytest.raises(ForeignStore):
+            Store.open(tmp_path, wrong)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+    moved = msgspec.structs.replace(OWNER, raft_addr="127.0.0.1:1")
+    asyncio.run(Store.open(tmp_path, moved).close())
+
+
+def test_a_store_that_vanished_is_a_loss_and_not_a_fresh_start(tmp_path: Path) -> None:
+    asyncio.run(Store.open(tmp_path, OWNER).close())
+    (tmp_path / "raft.sqlite3").rename(tmp_path / "elsewhere")
+    with pytest.raises(CorruptStore, match="missing"):
+        Store.open(tmp_path, OWNER)
+    (tmp_path / "raft.sqlite3").touch()
+    with pytest.raises(CorruptStore):
+        Store.open(tmp_path, OWNER)
+
+
+def test_an_interrupted_first_start_is_a_fresh_start(tmp_path: Path) -> None:
+    (tmp_path / "raft.sqlite3").write_bytes(b"half a file")
+    store = Store.open(tmp_path, OWNER)
+    assert store.restored == Restored()
+    asyncio.run(store.close())
+
+
+# ------------------------------------------------------------------------------------------- damage
+
+
+def states_along_the_way() -> list[Restored]:
+    image = DiskImage()
+    states = [image.restored]
+    for one in small_writes():
+        image.apply(one)
+        states.append(image.restored)
+    return states
+
+
+def small_writes() -> list[Persist]:
+    """Several transactions, a few kilobytes each, so that every kind of page is hit."""
+    writes = [Persist(seq=1, hard_state=HardState(1, 1))]
+    for seq in range(2, 12):
+        first = (seq - 2) * 20 + 1
+        writes.append(
+            Persist(seq=seq, entries=tuple(entry(i, 1, 90) for i in range(first, first + 20)))
+        )
+    writes.append(Persist(seq=12, snapshot=Snapshot(30, 1, MEMBERS, b"s" * 9000), compact_to=30))
+    writes.append(Persist(seq=13, hard_state=HardState(2, None), truncate_from=190))
+    return writes
+
+
+async def killed_store(path: Path, *, checkpointed: bool) -> None:
+    """A data directory as kill -9 leaves it, one transaction per write."""
+    store = Store.open(path / "live", OWNER)
+    for one in small_writes():
+        store._commit([one])
+    if checkpointed:
+        store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    shutil.copytree(path / "live", path / "killed")
+    await store.close()
+
+
+def outcome(path: Path) -> Restored | None:
+    """What a start makes of the directory: its state, or None for a clear refusal."""
+    try:
+        store = Store.open(path, OWNER)
+    except CorruptStore as error:
+        message = str(error)
+    else:
+        asyncio.run(store.close())
+        return store.restored
+    assert "raft.sqlite3" in message
+    assert "\n" not in message
+    return None
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+async def test_damage_anywhere_is_refused_or_harmless(tmp_path: Path, checkpointed: bool) -> None:
+    """Cut or flip the files at many places: a start gives a state that was once committed as a
+    whole, or refuses. Never anything in between, never another exception. (A cut WAL loses its
+    tail, which SQLite cannot tell from a commit that never was: that counts as a lost disk.)"""
+    await killed_store(tmp_path, checkpointed=checkpointed)
+    good = states_along_the_way()
+    chance = random.Random(7)
+    killed = tmp_path / "killed"
+    refused = 0
+
+    def start_with(name: str, content: bytes) -> None:
+        nonlocal refused
+        damaged = tmp_path / "damaged"
+        shutil.copytree(killed, damaged)
+        (damaged / name).write_bytes(content)
+        state = outcome(damaged)
+        shutil.rmtree(damaged)
+        refused += state is None
+        assert state is None or state in good
+        if checkpointed and state is not None:
+            assert state == good[-1], "a checkpointed store lost something silently"
+
+    places = int(os.environ.get("DAMAGE_PLACES", "25"))
+    for name in ("raft.sqlite3", "raft.sqlite3-wal"):
+        if not (killed / name).exists():
+            continue
+        content = (killed / name).read_bytes()
+        if not content:
+            continue
+        for _ in range(places):
+            await asyncio.to_thread(start_with, name, content[: chance.randrange(len(content))])
+            at = chance.randrange(len(content))
+            flipped = bytes([content[at] ^ (1 << chance.randrange(8))])
+            await asyncio.to_thread(start_with, name, content[:at] + flipped + content[at + 1 :])
+        page = 4096
+        for start in range(0, len(content), page):
+            zeroed = content[:start] + bytes(page) + content[start + page :]
+            await asyncio.to_thread(start_with, name, zeroed[: len(content)])
+    assert refused >= 10 or not checkpointed
