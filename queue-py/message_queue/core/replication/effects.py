@@ -8,7 +8,7 @@ contract.
        step persists. Answers that do (a promise, "stored") are kept by the core and come out of
        ``durable``.
     3. ``reads``: bodies to fetch from storage; they come back by ``Replicator.bodies_read``.
-    4. ``lost`` before ``gained`` before ``committed``: first stop, then start, then answer.
+    4. ``committed`` before ``lost`` before ``gained``: first answer, then stop, then start.
     5. ``forget``: these dots are dead. The log may drop them from its index at once; they are safe
        to reclaim from disk only after a checkpoint is durable (see ``PartitionState.checkpoint``).
 
@@ -79,8 +79,8 @@ class Effects(Struct):
     persist: list[LogRecord] = field(default_factory=list)
     send: list[tuple[int, PeerMessage]] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    committed: list[Committed] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
     gained: list[Gained] = field(default_factory=list)
-    committed: list[Committed] = field(default_factory=list)
     forget: list[tuple[int, Spans]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)

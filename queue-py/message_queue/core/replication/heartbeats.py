@@ -1,4 +1,4 @@
-"""Heartbeats: leases, routes, cluster time and signs of life, once per pair of nodes and interval."""
+"""Heartbeats: leases, routes, cluster time, signs of life. One exchange per pair of nodes."""
 
 from __future__ import annotations
 

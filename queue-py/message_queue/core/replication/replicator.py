@@ -497,6 +497,8 @@ class Replicator:
         to = tenure.yield_to
         if to is None or not tenure.idle or not tenure.serving:
             return
+        if any(c.partition == tenure.partition for c in self._desk.fx.committed):
+            return  # in a step of its own, so that nobody has to ask which came first
         if to != self.config.node and not tenure.up_to_date(to) and now_ms < tenure.yield_until_ms:
             return
         self._desk.note("yielded", seat.state.partition, tenure.epoch, f"to {to}")

@@ -1,0 +1,509 @@
+"""The replication core in a simulated cluster: persist, send and answer as ``node.py`` does, with a
+delivery machine of ten lines, clients that produce, consume and ack, and a judge outside.
+
+``make sim SERVICE=queue SEED=7`` replays a run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from message_queue.core.invariants import Ledger, check_node, check_owners, check_state
+from message_queue.core.messages import (
+    Ack,
+    AppendRecord,
+    ClockRecord,
+    Copy,
+    CopyRecord,
+    Frame,
+    LogRecord,
+    Put,
+    frame_decoder,
+)
+from message_queue.core.replication.contract import (
+    Accepted,
+    AckDraft,
+    NotOwner,
+    PutDraft,
+    ReplicationConfig,
+)
+from message_queue.core.replication.effects import Effects
+from message_queue.core.replication.replicator import Replicator
+from message_queue.core.replication.state import PartitionState
+from testkit.checkers import total_queue
+from testkit.sim import (
+    PERFECT,
+    ROUGH,
+    TIMED_OUT,
+    Damaged,
+    Disk,
+    Faults,
+    Harness,
+    Host,
+    LinkSettings,
+    Scenario,
+    World,
+)
+
+TICK_MS = 25
+VISIBILITY_MS = 400
+encoder = msgspec.msgpack.Encoder()
+
+
+def wire(frame: Frame) -> Frame:
+    """Every frame crosses the real codec."""
+    return frame_decoder.decode(encoder.encode(frame))
+
+
+class SimNode:
+    """``node.py`` in miniature."""
+
+    def __init__(self, host: Host, harness: QueueHarness) -> None:
+        self.host = host
+        self.harness = harness
+        self.position = harness.world.names.index(host.name)
+        self.core: Replicator | None = None
+        self.bodies: dict[tuple[int, int, int], tuple[bytes, bytes]] = {}
+        self.batches: list[tuple[int, list[LogRecord]]] = []
+        self.syncing = False
+        self.incarnation = 0
+        self.ready: dict[int, dict[tuple[int, int], float]] = {}
+        self.waiting: dict[int, list[tuple[int, int, Any, Any]]] = {}
+        self.marks: dict[tuple[int, int], int] = {}
+
+    # -- start -----------------------------------------------------------------------------------
+
+    def start(self, disk: Disk) -> None:
+        stored = disk.get("incarnation", 0)
+        self.incarnation = max(stored + 1, self.host.wall_ms())
+        disk.put("incarnation", self.incarnation)
+        disk.flush()
+        disk.sync("boot")
+
+    def boot(self) -> None:
+        """The incarnation is durable: replay the log and begin."""
+        disk = self.host.disk
+        log = disk.log("log")
+        states: dict[int, PartitionState] = {}
+        clock_ms = 0
+        for at, record in enumerate(log):
+            if isinstance(record, Damaged):
+                # A torn tail: nothing that was told to anybody.
+                assert at == len(log) - 1, "damage in the middle of the log"
+                disk.truncate(at, "log")
+                break
+            if isinstance(record, ClockRecord):
+                clock_ms = max(clock_ms, record.cluster_ms)
+                continue
+            state = states.setdefault(record.partition, PartitionState(record.partition))
+            self.keep_bodies(record)
+            self.forget(record.partition, state.apply(record))
+        harness = self.harness
+        harness.shadows[self.host.name] = {
+            p: twin(states.get(p) or PartitionState(p)) for p in range(harness.partitions)
+        }
+        self.core = Replicator(
+            ReplicationConfig(
+                node=self.position,
+                nodes=len(harness.world.names),
+                incarnation=self.incarnation,
+                preference=harness.preference,
+                seed=self.host.rng.getrandbits(63),
+                wall_ms=self.host.wall_ms(),
+                window_bytes=harness.window_bytes,
+            ),
+            states,
+            clock_ms,
+            self.host.now_ms(),
+        )
+        self.host.set_timer("tick", TICK_MS)
+
+    # -- the order of things -----------------------------------------------------------------------
+
+    def run(self, fx: Effects) -> None:
+        assert self.core is not None
+        disk = self.host.disk
+        if fx.persist:
+            for record in fx.persist:
+                disk.append(record, "log")
+                self.keep_bodies(record)
+            disk.flush()
+            self.batches.append((fx.batch, list(fx.persist)))
+            self.sync()
+        frames: dict[int, list[Any]] = {}
+        for to, message in fx.send:
+            frames.setdefault(to, []).append(message)
+        for to, messages in frames.items():
+            name = self.harness.world.names[to]
+            self.host.send(name, Frame(self.position, self.incarnation, tuple(messages)))
+        for note in fx.notes:
+            self.host.cover(note.name)
+            self.host.log(note.name, note.partition, note.epoch, note.detail)
+        for done in fx.committed:
+            first = self.marks[done.partition, done.epoch] + 1
+            self.marks[done.partition, done.epoch] = done.upto
+            self.harness.ledger.committed(
+                done.partition,
+                done.epoch,
+                first,
+                done.upto,
+                self.harness.durable(done.partition),
+            )
+            ready = self.ready[done.partition]
+            for seq in range(first, done.upto + 1):
+                if self.core.state(done.partition).held.has(done.epoch, seq):
+                    ready.setdefault((done.epoch, seq), 0.0)
+            left = []
+            for epoch, upto, answer, reply in self.waiting.pop(done.partition, []):
+                if epoch == done.epoch and upto <= done.upto:
+                    reply.resolve(answer)
+                else:
+                    left.append((epoch, upto, answer, reply))
+            self.waiting[done.partition] = left
+        for lost in fx.lost:
+            self.ready.pop(lost.partition, None)
+            for _, _, _, reply in self.waiting.pop(lost.partition, []):
+                self.host.cover("clean_in_doubt" if lost.clean else "in_doubt")
+                reply.resolve("unknown")
+        for gained in fx.gained:
+            state = self.core.state(gained.partition)
+            self.harness.ledger.gained(gained.partition, state)
+            self.marks[gained.partition, gained.epoch] = 0
+            self.ready[gained.partition] = dict.fromkeys(state.held.dots(), 0.0)
+            for dot in state.held.dots():
+                assert (gained.partition, *dot) in self.bodies, "held without a body"
+        for partition, spans in fx.forget:
+            self.forget(partition, spans)
+        for read in fx.reads:
+            found, size = [], 0
+            for epoch, first, last in read.wanted:
+                for seq in range(first, last + 1):
+                    put = self.bodies.get((read.partition, epoch, seq))
+                    if put is not None and size < 200:
+                        found.append(Copy(epoch, seq, *put))
+                        size += len(put[1])
+            self.host.cover("copies_read", len(found))
+            self.run(self.core.bodies_read(read, tuple(found), (), self.host.now_ms()))
+
+    def keep_bodies(self, record: LogRecord) -> None:
+        match record:
+            case AppendRecord(partition, epoch, entries):
+                for entry in entries:
+                    if isinstance(entry, Put):
+                        self.bodies[partition, epoch, entry.seq] = (entry.meta, entry.body)
+            case CopyRecord(partition, _, copies):
+                for copy in copies:
+                    self.bodies[partition, copy.epoch, copy.seq] = (copy.meta, copy.body)
+            case _:
+                pass
+
+    def forget(self, partition: int, spans: Any) -> None:
+        for epoch, first, last in spans:
+            for seq in range(first, last + 1):
+                self.bodies.pop((partition, epoch, seq), None)
+
+    def sync(self) -> None:
+        if not self.syncing and self.batches:
+            self.syncing = True
+            self.host.disk.sync(self.batches[-1][0])
+
+    def on_sync_done(self, token: Any) -> None:
+        if token == "boot":
+            self.boot()
+            return
+        assert self.core is not None
+        self.syncing = False
+        shadows = self.harness.shadows[self.host.name]
+        while self.batches and self.batches[0][0] <= token:
+            for record in self.batches.pop(0)[1]:
+                if not isinstance(record, ClockRecord):
+                    before = shadows[record.partition].promised
+                    shadows[record.partition].apply(record)
+                    assert shadows[record.partition].promised >= before, "a promise was taken back"
+        self.run(self.core.durable(token, self.host.now_ms()))
+        self.sync()
+
+    def on_message(self, source: str, frame: Frame) -> None:
+        if self.core is not None:
+            assert self.harness.world.names[frame.sender] == source
+            self.run(
+                self.core.receive_all(
+                    frame.sender, frame.incarnation, frame.messages, self.host.now_ms()
+                )
+            )
+
+    def on_timer(self, name: str) -> None:
+        assert self.core is not None
+        self.run(self.core.tick(self.host.now_ms()))
+        self.host.set_timer("tick", TICK_MS)
+
+    def on_peer_disconnected(self, peer: str) -> None:
+        if self.core is not None:
+            position = self.harness.world.names.index(peer)
+            self.run(self.core.peer_disconnected(position, self.host.now_ms()))
+
+    # -- clients -----------------------------------------------------------------------------------
+
+    def propose(self, partition: int, drafts: tuple[Any, ...], answer: Any, reply: Any) -> None:
+        """Answers with ``answer(epoch, first)`` once committed, or ("moved", owner)."""
+        if self.core is None:
+            reply.resolve(("moved", None))
+            return
+        outcome = self.core.propose(partition, drafts, self.host.now_ms())
+        match outcome:
+            case NotOwner(owner):
+                reply.resolve(("moved", owner))
+            case Accepted(epoch, first, fx):
+                record = fx.persist[0]
+                assert isinstance(record, AppendRecord)
+                self.harness.ledger.proposed(partition, epoch, record.entries)
+                for entry in record.entries:
+                    if isinstance(entry, Ack):
+                        for target_epoch, low, high in entry.targets:
+                            for seq in range(low, high + 1):
+                                self.ready[partition].pop((target_epoch, seq), None)
+                last = first + len(drafts) - 1
+                self.waiting.setdefault(partition, []).append(
+                    (epoch, last, answer(epoch, first), reply)
+                )
+                self.run(fx)
+
+    def produce(self, partition: int, bodies: tuple[str, ...], reply: Any) -> None:
+        def ids(epoch: int, first: int) -> list[str]:
+            return [f"{partition}-{epoch}-{first + i}" for i in range(len(bodies))]
+
+        drafts = tuple(PutDraft(b"", body.encode()) for body in bodies)
+        self.propose(partition, drafts, ids, reply)
+
+    def consume(self, partition: int, most: int, reply: Any) -> None:
+        now_ms = self.host.now_ms()
+        if self.core is None or not self.core.may_serve(partition, now_ms):
+            owner = None if self.core is None else self.core.owner(partition)
+            reply.resolve(("moved", None if owner == self.position else owner))
+            return
+        messages = []
+        for dot, due_ms in self.ready[partition].items():
+            if due_ms <= now_ms and len(messages) < most:
+                self.ready[partition][dot] = now_ms + VISIBILITY_MS
+                body = self.bodies[partition, dot[0], dot[1]][1].decode()
+                messages.append({"id": f"{partition}-{dot[0]}-{dot[1]}", "body": body})
+        reply.resolve(messages)
+
+    def ack(self, partition: int, dot: tuple[int, int], reply: Any) -> None:
+        self.propose(
+            partition,
+            (AckDraft(((dot[0], dot[1], dot[1]),)),),
+            lambda epoch, first: "acknowledged",
+            reply,
+        )
+
+
+def twin(state: PartitionState) -> PartitionState:
+    """An independent copy."""
+    other = PartitionState(state.partition)
+    other.apply(state.checkpoint())
+    return other
+
+
+class QueueHarness(Harness[SimNode]):
+    """Clients, invariants and the final judgement."""
+
+    partitions = 2
+    window_bytes = 2_000
+
+    def __init__(self, world: World[SimNode]) -> None:
+        super().__init__(world)
+        n = len(world.names)
+        copies = min(3, n) if n != 5 else 5
+        self.preference = tuple(
+            tuple((p + i) % n for i in range(copies)) for p in range(self.partitions)
+        )
+        self.shadows: dict[str, dict[int, PartitionState]] = {
+            name: {p: PartitionState(p) for p in range(self.partitions)} for name in world.names
+        }
+        self.ledger = Ledger(copies // 2 + 1)
+        self.stopped = False
+
+    def build(self, host: Host) -> SimNode:
+        return SimNode(host, self)
+
+    def durable(self, partition: int) -> dict[int, PartitionState]:
+        names = self.world.names
+        return {node: self.shadows[names[node]][partition] for node in self.preference[partition]}
+
+    def begin(self) -> None:
+        for c in range(3):
+            self.world.spawn(self.client(f"c{c}"))
+
+    def check(self, name: str) -> None:
+        node = self.world.nodes.get(name)
+        if node is not None and node.core is not None:
+            check_node(node.core)
+            for partition, seat in node.core.seats.items():
+                if node.core.may_serve(partition, node.host.now_ms()):
+                    self.ledger.check_held(partition, seat.state)
+        if self.world.events % 16 == 0:
+            if node is not None and node.core is not None:
+                for seat in node.core.seats.values():
+                    check_state(seat.state)
+            check_owners(
+                (other.core, other.host.now_ms())
+                for other in self.world.nodes.values()
+                if other.core is not None
+            )
+
+    async def ask(self, action: Any, deadline_ms: float) -> Any:
+        """Follows the owner until an answer or the deadline; ("moved", …) if nobody took it."""
+        world = self.world
+        target = world.rng.choice(world.names)
+        answer: Any = ("moved", None)
+        while world.clock.now_ms < deadline_ms:
+            reply = world.promise(timeout_ms=max(deadline_ms - world.clock.now_ms, 1))
+            world.tell(target, lambda node, reply=reply: action(node, reply))
+            answer = await reply
+            if not (isinstance(answer, tuple) and answer[0] == "moved"):
+                return answer
+            owner = answer[1]
+            target = world.names[owner] if owner is not None else world.rng.choice(world.names)
+            await world.sleep_ms(5 if owner is not None else 25)
+        return answer
+
+    async def client(self, me: str) -> None:
+        world, rng = self.world, self.world.rng
+        count = 0
+        while not self.stopped:
+            partition = rng.randrange(self.partitions)
+            deadline_ms = world.clock.now_ms + 1_500
+            if rng.random() < 0.45:
+                bodies = tuple(f"{me}/{count + i}" for i in range(rng.choice((1, 1, 3))))
+                count += len(bodies)
+                await self.produce(me, partition, bodies, deadline_ms)
+            else:
+                for message in await self.consume(me, partition, deadline_ms):
+                    if rng.random() < 0.85:  # else: a consumer that dies
+                        await self.settle(me, partition, message["id"], deadline_ms + 1_500)
+            await world.sleep_ms(rng.uniform(0, 30))
+
+    async def produce(
+        self, me: str, partition: int, bodies: tuple[str, ...], deadline_ms: float
+    ) -> None:
+        history, batch = self.world.history, {"batch": True}
+        operation = history.invoke(me, "produce", key=f"q{partition}", argument=list(bodies))
+        answer = await self.ask(
+            lambda node, reply: node.produce(partition, bodies, reply), deadline_ms
+        )
+        if isinstance(answer, list):
+            history.ok(operation, answer, batch)
+        elif isinstance(answer, tuple):
+            history.fail(operation, info=batch)
+        else:
+            self.world.coverage.hit("produce_unknown")
+            history.unknown(operation, batch)
+
+    async def consume(self, me: str, partition: int, deadline_ms: float) -> list[dict[str, Any]]:
+        history = self.world.history
+        operation = history.invoke(
+            me, "consume", key=f"q{partition}", argument={"visibility_ms": VISIBILITY_MS}
+        )
+        answer = await self.ask(lambda node, reply: node.consume(partition, 2, reply), deadline_ms)
+        if isinstance(answer, list):
+            history.ok(operation, answer)
+            return answer
+        if answer is TIMED_OUT:
+            history.unknown(operation)
+        else:
+            history.fail(operation)
+        return []
+
+    async def settle(self, me: str, partition: int, message_id: str, deadline_ms: float) -> None:
+        world, history = self.world, self.world.history
+        _, epoch, seq = (int(part) for part in message_id.split("-"))
+        operation = history.invoke(me, "ack", key=f"q{partition}", argument=message_id)
+        answer = await self.ask(
+            lambda node, reply: node.ack(partition, (epoch, seq), reply), deadline_ms
+        )
+        if answer == "acknowledged":
+            history.ok(operation, answer)
+        elif isinstance(answer, tuple):
+            history.fail(operation)
+        else:
+            world.coverage.hit("ack_unknown")
+            history.unknown(operation)
+
+    def finish(self) -> None:
+        """Everything healed: one owner each, all replicas equal, and the history adds up."""
+        leftovers: list[str] = []
+        for partition, nodes in enumerate(self.preference):
+            cores = [self.world.nodes[self.world.names[node]].core for node in nodes]
+            assert all(core is not None for core in cores)
+            owners = [
+                node
+                for node, core in zip(nodes, cores, strict=True)
+                if core is not None
+                and core.may_serve(
+                    partition, self.world.nodes[self.world.names[node]].host.now_ms()
+                )
+            ]
+            assert len(owners) == 1, f"partition {partition}: owners {owners} after healing"
+            state = cores[nodes.index(owners[0])].state(partition)
+            for node, core in zip(nodes, cores, strict=True):
+                other = core.state(partition)
+                assert other.held == state.held, f"partition {partition}: node {node} differs"
+                assert other.sealed == state.sealed
+            self.ledger.gained(partition, state)
+            leftovers.extend(f"{partition}-{e}-{s}" for e, s in state.held.dots())
+        verdict = total_queue.check(self.world.history, leftovers=leftovers)
+        verdict.require()
+        self.world.coverage.hit(
+            "acked", sum(op.kind == "ack" and op.status == "ok" for op in self.world.history)
+        )
+        self.world.coverage.hit(
+            "produced", sum(op.kind == "produce" and op.status == "ok" for op in self.world.history)
+        )
+
+    def stop_clients(self) -> None:
+        self.stopped = True
+
+
+class Stopping(QueueHarness):
+    """Clients stop some time before the end, so that everything in flight is settled."""
+
+    stop_after_ms = 4_500.0
+
+    def begin(self) -> None:
+        super().begin()
+        self.world.clock.call_later(self.stop_after_ms, self.stop_clients)
+
+
+CALM = Scenario(
+    "calm",
+    nodes=("n1", "n2", "n3"),
+    harness=Stopping,
+    duration_ms=3_000,
+    settle_ms=4_000,
+    wire=wire,
+)
+
+FAULTS = Scenario(
+    "faults",
+    nodes=("n1", "n2", "n3"),
+    harness=Stopping,
+    duration_ms=4_000,
+    settle_ms=5_000,
+    faults=Faults(
+        crash=4,
+        stop=0,
+        pause=2,
+        partition=2,
+        isolate=2,
+        one_way=2,
+        power_cut=1,
+        sync_failure=1,
+        wall_jump=1,
+        drift_ppm=2_000,
+    ),
+    links=(PERFECT, LinkSettings(), ROUGH),
+    wire=wire,
+)
