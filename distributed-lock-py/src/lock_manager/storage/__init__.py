@@ -24,13 +24,11 @@ from lock_manager.storage.errors import (
     StoreInUse,
 )
 from lock_manager.storage.store import Store
-from lock_manager.storage.tables import PeerIdentity
 
 __all__ = [
     "CorruptStore",
     "ForeignStore",
     "Owner",
-    "PeerIdentity",
     "Store",
     "StoreError",
     "StoreFailed",

@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from lock_manager.core.peer_book import PeerIdentity
 from lock_manager.core.raft import Persist
 from lock_manager.storage import tables
 from lock_manager.storage.data_dir import DataDir, Owner, sync_directory
 from lock_manager.storage.errors import CorruptStore, StoreError, StoreFailed
-from lock_manager.storage.tables import PeerIdentity
 
 FILE_NAME = "raft.sqlite3"
 # Checkpoint after so many pages of WAL: rarer than SQLite's 1000, as each costs two more fsyncs.

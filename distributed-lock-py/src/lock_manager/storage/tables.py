@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from lock_manager.core.peer_book import PeerIdentity
 from lock_manager.core.raft import (
     Configuration,
     Entry,
@@ -45,14 +46,6 @@ CREATE TABLE snapshot_chunks (
     number INTEGER PRIMARY KEY, log_index INTEGER NOT NULL, data BLOB NOT NULL,
     crc INTEGER NOT NULL);
 """
-
-
-class PeerIdentity(msgspec.Struct, frozen=True):
-    """Who answered at a position when it was met first."""
-
-    position: int
-    node_id: str
-    store_id: str
 
 
 def checksum(*values: int | str | bytes | None) -> int:

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from lock_manager.core.invariants import DiskImage
+from lock_manager.core.peer_book import PeerIdentity
 from lock_manager.core.raft import (
     Configuration,
     Entry,
@@ -28,7 +29,6 @@ from lock_manager.storage import (
     CorruptStore,
     ForeignStore,
     Owner,
-    PeerIdentity,
     Store,
     StoreFailed,
     StoreInUse,

@@ -1,0 +1,345 @@
+"""One long-lived WebSocket per ordered pair of nodes: the link a->b carries what a sends to b.
+
+Datagram semantics, as in the simulation: a message may be lost (link down, outbox full), never
+corrupted; within one connection the order holds. Replies travel on the other direction's own link.
+
+Group sending needs no timer: whatever gathered in the outbox while the last frame was being
+written leaves together as the next frame (a MessagePack array of messages).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import random
+import ssl
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from lock_manager.core.peer_book import Hello
+from lock_manager.core.raft import Message
+
+log = logging.getLogger(__name__)
+
+LINK_PATH = "/raft/link"
+SECRET_HEADER = "X-Cluster-Secret"  # noqa: S105 - the header's name
+MAX_FRAME_BYTES = 64 << 20  # the receiver's bound
+FRAME_TARGET_BYTES = 1 << 20  # a sender's frame is closed beyond this
+MAX_FRAME_MESSAGES = 0xFFFF
+OUTBOX_BYTES = 32 << 20
+HELLO_BYTES = 4096
+HELLO_TIMEOUT_S = 2.0
+KEEPALIVE_S = 2.0
+RECONNECT_S = (0.02, 0.2)
+
+
+class Refused(Exception):
+    """The other side is not the peer that this link is for; the text says why."""
+
+
+class LinkCounters:
+    """What the metrics show of the links."""
+
+    __slots__ = ("dropped", "frames_sent", "messages_received", "messages_sent", "refused")
+
+    def __init__(self) -> None:
+        self.frames_sent = 0
+        self.messages_sent = 0
+        self.messages_received = 0
+        self.dropped = 0  # the link was down or its outbox full
+        self.refused = 0  # greetings and messages that were not believed
+
+
+class Links:
+    """All links of one node; everything is called on its event loop.
+
+    `admit(hello)` says why a peer is refused, or None. `on_messages(position, messages)` gets each
+    incoming frame; every message in it is from that position and for this node.
+    `on_broken(position)` is called when an established link with the peer broke, in either
+    direction: a hint that it died, not a proof.
+    """
+
+    def __init__(
+        self,
+        me: Hello,
+        *,
+        admit: Callable[[Hello], str | None],
+        on_messages: Callable[[int, list[Message]], None],
+        on_broken: Callable[[int], None],
+        secret: bytes | None = None,
+        client_ssl: ssl.SSLContext | None = None,
+    ) -> None:
+        self.counters = LinkCounters()
+        self._me = me
+        self._admit = admit
+        self._on_messages = on_messages
+        self._on_broken = on_broken
+        self._secret = secret
+        self._client_ssl = client_ssl
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(list[Message])
+        self._session: aiohttp.ClientSession | None = None
+        self._outgoing: dict[int, _Outgoing] = {}
+        self._incoming: dict[int, web.WebSocketResponse] = {}
+        self._closing: set[asyncio.Task[bool]] = set()
+        self._stopped = False
+
+    # ------------------------------------------------------------------------------------- sending
+
+    def send(self, messages: Iterable[Message]) -> None:
+        """Queues each message for the peer that it names; dropped (and counted) while the link is
+        down or full: the core sends anew what still matters."""
+        for message in messages:
+            link = self._outgoing.get(message.to)
+            if link is None or not link.put(self._encoder.encode(message)):
+                self.counters.dropped += 1
+
+    def connect(self, addresses: Mapping[int, str]) -> None:
+        """Dials exactly these peers (`host:port` by position) from now on. Must run on the loop;
+        links to others are closed, unchanged ones stay."""
+        if self._stopped:
+            return
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=self._client_ssl or True)
+            )
+        scheme = "wss" if self._client_ssl is not None else "ws"
+        urls = {position: f"{scheme}://{addresses[position]}{LINK_PATH}" for position in addresses}
+        for position, link in list(self._outgoing.items()):
+            if urls.get(position) != link.url:
+                self._outgoing.pop(position).task.cancel()
+        for position, url in urls.items():
+            if position not in self._outgoing and position != self._me.position:
+                link = _Outgoing(url)
+                link.task = asyncio.create_task(
+                    self._dial(position, link), name=f"link to {position}"
+                )
+                self._outgoing[position] = link
+
+    @property
+    def connected(self) -> frozenset[int]:
+        """Positions whose outgoing link is up."""
+        return frozenset(position for position, link in self._outgoing.items() if link.up)
+
+    async def stop(self) -> None:
+        """Sends what is queued on links that are up (0.2 s at most), then closes all of them."""
+        self._stopped = True
+        links = list(self._outgoing.values())
+        flushing = [asyncio.create_task(link.drained()) for link in links if link.up]
+        if flushing:
+            await asyncio.wait(flushing, timeout=0.2)
+        tasks = [*flushing, *(link.task for link in links)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for socket in list(self._incoming.values()):
+            await socket.close()
+        if self._session is not None:
+            await self._session.close()
+
+    async def _dial(self, position: int, link: _Outgoing) -> None:
+        """Keeps one outgoing link up, for ever."""
+        refusal = ""
+        backoff_s = RECONNECT_S[0]
+        while True:
+            try:
+                await self._hold(position, link)
+                refusal, backoff_s = "", RECONNECT_S[0]
+            except Refused as error:
+                if str(error) != refusal:  # once per reason, not five times a second
+                    refusal = str(error)
+                    log.error("no link to peer %d at %s: %s", position, link.url, error)
+            except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+                log.debug("no link to %s: %s", link.url, error)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            backoff_s = min(backoff_s * 2, RECONNECT_S[1])
+
+    async def _hold(self, position: int, link: _Outgoing) -> None:
+        """Connects, greets, then writes until the link breaks; returns if it had been up."""
+        if self._session is None:
+            raise RuntimeError("connect() makes the session before any link")
+        headers = {SECRET_HEADER: self._secret.decode("latin-1")} if self._secret else {}
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            socket = await self._session.ws_connect(
+                link.url,
+                headers=headers,
+                heartbeat=KEEPALIVE_S,
+                compress=0,
+                max_msg_size=HELLO_BYTES,
+            )
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                await socket.send_bytes(self._encoder.encode(self._me))
+                reply = await socket.receive()
+            if reply.type is not aiohttp.WSMsgType.BINARY:
+                raise Refused(str(reply.extra or "closed before its greeting"))
+            hello = msgspec.msgpack.decode(reply.data, type=Hello)
+            if hello.position != position:
+                raise Refused(f"it calls itself position {hello.position}")
+            self._judge(hello)
+            link.raise_up()
+            log.info("link to %s (peer %d) is up", hello.node_id, position)
+            try:
+                await self._pump(socket, link)
+            finally:
+                link.up = False
+                if not self._stopped:
+                    log.info("link to %s (peer %d) is down", hello.node_id, position)
+                    self._on_broken(position)
+        finally:
+            await socket.close()
+
+    async def _pump(self, socket: aiohttp.ClientWebSocketResponse, link: _Outgoing) -> None:
+        writer = asyncio.create_task(self._write(socket, link))
+        # Nothing but a close (or a missed pong) ever comes back on this direction.
+        reader = asyncio.create_task(socket.receive())
+        try:
+            await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            writer.cancel()
+            reader.cancel()
+            await asyncio.gather(writer, reader, return_exceptions=True)
+
+    async def _write(self, socket: aiohttp.ClientWebSocketResponse, link: _Outgoing) -> None:
+        while True:
+            messages = await link.take()
+            await socket.send_bytes(_array_header(len(messages)) + b"".join(messages))
+            self.counters.frames_sent += 1
+            self.counters.messages_sent += len(messages)
+
+    # ----------------------------------------------------------------------------------- receiving
+
+    async def accept(self, request: web.Request) -> web.StreamResponse:
+        """The handler of `GET /raft/link` on the raft address."""
+        given = request.headers.get(SECRET_HEADER, "").encode("latin-1", "replace")
+        if self._secret is not None and not hmac.compare_digest(given, self._secret):
+            self.counters.refused += 1
+            raise web.HTTPForbidden(
+                text='{"error":"Cluster secret required"}', content_type="application/json"
+            )
+        socket = web.WebSocketResponse(
+            max_msg_size=MAX_FRAME_BYTES, compress=False, heartbeat=KEEPALIVE_S
+        )
+        await socket.prepare(request)
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                raw = await socket.receive_bytes()
+                if len(raw) > HELLO_BYTES:
+                    raise Refused("its greeting is too long")
+                hello = msgspec.msgpack.decode(raw, type=Hello)
+                self._judge(hello)
+                await socket.send_bytes(self._encoder.encode(self._me))
+        except (Refused, msgspec.MsgspecError, TypeError, TimeoutError, RecursionError) as error:
+            self.counters.refused += 1
+            log.warning("refused a link from %s: %s", request.remote, error)
+            await socket.close(
+                code=aiohttp.WSCloseCode.POLICY_VIOLATION, message=str(error).encode()[:120]
+            )
+            return socket
+        self._replace_incoming(hello.position, socket)
+        try:
+            await self._read(socket, hello.position)
+        finally:
+            if self._incoming.get(hello.position) is socket:
+                del self._incoming[hello.position]
+                if not self._stopped:
+                    self._on_broken(hello.position)
+        return socket
+
+    def _replace_incoming(self, position: int, socket: web.WebSocketResponse) -> None:
+        """The peer dialled (again): an older connection of its is dead or dying."""
+        before = self._incoming.get(position)
+        self._incoming[position] = socket
+        if before is not None:
+            task = asyncio.create_task(before.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _read(self, socket: web.WebSocketResponse, position: int) -> None:
+        async for frame in socket:
+            if frame.type is not aiohttp.WSMsgType.BINARY:
+                return
+            if self._incoming.get(position) is not socket:
+                return
+            try:
+                messages = self._decoder.decode(frame.data)
+                self._check_addresses(messages, position)
+            except (msgspec.MsgspecError, RecursionError, Refused) as error:
+                self.counters.refused += 1
+                log.error("malformed frame from peer %d, link closed: %s", position, error)
+                await socket.close(
+                    code=aiohttp.WSCloseCode.INVALID_TEXT, message=b"malformed frame"
+                )
+                return
+            self.counters.messages_received += len(messages)
+            self._on_messages(position, messages)
+
+    def _check_addresses(self, messages: Iterable[Message], position: int) -> None:
+        """A peer speaks only for itself, and only to this node."""
+        me = self._me.position
+        for message in messages:
+            if message.sender != position or message.to != me:
+                raise Refused(f"a message from {message.sender} to {message.to}")
+
+    def _judge(self, hello: Hello) -> None:
+        why = self._admit(hello)
+        if why is not None:
+            raise Refused(why)
+
+
+class _Outgoing:
+    """One outgoing link: encoded messages that wait for it, bounded in bytes."""
+
+    __slots__ = ("_bytes", "_empty", "_messages", "_wake", "task", "up", "url")
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.up = False
+        self.task: asyncio.Task[None]
+        self._messages: deque[bytes] = deque()
+        self._bytes = 0
+        self._wake = asyncio.Event()
+        self._empty = asyncio.Event()
+
+    def raise_up(self) -> None:
+        """The link is up. What was queued before would arrive stale."""
+        self._messages.clear()
+        self._bytes = 0
+        self.up = True
+
+    def put(self, encoded: bytes) -> bool:
+        if not self.up or (self._bytes + len(encoded) > OUTBOX_BYTES and self._messages):
+            return False
+        self._messages.append(encoded)
+        self._bytes += len(encoded)
+        self._empty.clear()
+        self._wake.set()
+        return True
+
+    async def take(self) -> list[bytes]:
+        """Waits for messages; returns all that are there, up to about FRAME_TARGET_BYTES."""
+        while not self._messages:
+            self._empty.set()
+            self._wake.clear()
+            await self._wake.wait()
+        taken: list[bytes] = []
+        size = 0
+        while self._messages and size < FRAME_TARGET_BYTES and len(taken) < MAX_FRAME_MESSAGES:
+            encoded = self._messages.popleft()
+            taken.append(encoded)
+            size += len(encoded)
+        self._bytes -= size
+        return taken
+
+    async def drained(self) -> None:
+        await self._empty.wait()
+
+
+def _array_header(count: int) -> bytes:
+    """MessagePack's header of an array of so many elements."""
+    return bytes((0x90 | count,)) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
