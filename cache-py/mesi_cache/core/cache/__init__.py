@@ -1,0 +1,1 @@
+"""The requester's side: this node's lines, and what it asks the homes for."""

@@ -1,0 +1,33 @@
+"""Which member is a key's home: rendezvous hashing (Thaler & Ravishankar 1998) over the members.
+
+Every node computes the same answer from the same member list, with nothing to exchange; a member
+list with one member more or less moves only that member's keys.
+"""
+
+from hashlib import blake2b
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(x: int) -> int:
+    # splitmix64's finaliser: one strong hash of the key, then a cheap bijection per member.
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+class Placement:
+    """The members of the cluster (base URLs), and the home of each key."""
+
+    def __init__(self, members: list[str]) -> None:
+        self.members = sorted(set(members))
+        self._seeds = [(_digest(member), member) for member in self.members]
+
+    def home(self, key: str) -> str:
+        """The one member that holds `key`'s main-memory value and serialises its transactions."""
+        digest = _digest(key)
+        return max((_mix(seed ^ digest), member) for seed, member in self._seeds)[1]
