@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl as tls_module
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -18,13 +18,31 @@ Kind = Literal["refused", "reset", "timeout", "protocol"]
 MAX_HEAD: Final = 65_536
 
 
-@dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer. Header names are lower case; a repeated header's values are joined by ', '."""
+    """An answer: `status`, `body`, and headers, which are parsed only when asked for."""
 
-    status: int
-    headers: dict[str, str]
-    body: bytes
+    __slots__ = ("_head", "_headers", "body", "status")
+
+    def __init__(self, status: int, head: bytes, body: bytes) -> None:
+        self.status = status
+        self.body = body
+        self._head = head
+        self._headers: dict[str, str] | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """By lower-case name; a repeated header's values are joined by ', '."""
+        if self._headers is None:
+            headers: dict[str, str] = {}
+            for line in self._head.decode("latin-1").split("\r\n")[1:]:
+                name, _, value = line.partition(":")
+                name, value = name.strip().lower(), value.strip()
+                headers[name] = f"{headers[name]}, {value}" if name in headers else value
+            self._headers = headers
+        return self._headers
+
+    def __repr__(self) -> str:
+        return f"Reply({self.status}, {self.headers}, {self.body[:2000]!r})"
 
     @property
     def json(self) -> Any:
@@ -72,19 +90,23 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.closed = False
+        self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
         self._waiter: asyncio.Future[Reply] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._bodiless = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
 
-    def ask(self, request: bytes, *, bodiless: bool) -> asyncio.Future[Reply]:
+    def ask(self, request: bytes, *, bodiless: bool, limit_s: float) -> asyncio.Future[Reply]:
+        """Send; the future holds the reply, or _Broken (also after `limit_s`)."""
         assert self.transport is not None
         self._buffer.clear()
         self._bodiless = bodiless
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
+        # A plain timer: asyncio.timeout costs as much as the rest of the request.
+        self._timer = self._loop.call_later(limit_s, self._expired, limit_s)
         self.transport.write(request)
         return self._waiter
 
@@ -98,57 +120,75 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self._try(ended=True)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(_Broken("reset", str(exc or "closed without an answer")))
+        self._break(_Broken("reset", str(exc or "closed without an answer")))
 
     def close(self) -> None:
         self.closed = True
+        self._stop_timer()
         if self.transport is not None:
             self.transport.abort()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expired(self, limit_s: float) -> None:
+        self._break(_Broken("timeout", f"no answer in {limit_s} s"))
+
+    def _break(self, broken: _Broken) -> None:
+        self._stop_timer()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(broken)
 
     def _try(self, *, ended: bool) -> None:
         waiter = self._waiter
         if waiter is None or waiter.done():
             return
         try:
-            reply = _parse(self._buffer, bodiless=self._bodiless, ended=ended)
+            parsed = _parse(self._buffer, bodiless=self._bodiless, ended=ended)
         except ValueError as error:
             self.close()
             waiter.set_exception(_Broken("protocol", str(error)))
             return
-        if reply is not None:
-            if reply.headers.get("connection", "").lower() == "close":
+        if parsed is not None:
+            reply, keep = parsed
+            self._stop_timer()
+            if not keep:
                 self.close()
             waiter.set_result(reply)
 
 
-def _parse(buffer: bytearray, *, bodiless: bool, ended: bool) -> Reply | None:
-    """The response in `buffer`, or None if it is not whole yet. ValueError if it is none."""
+def _parse(buffer: bytearray, *, bodiless: bool, ended: bool) -> tuple[Reply, bool] | None:
+    """The response in `buffer` and whether the connection lives on; None if it is not whole yet.
+
+    ValueError if it is none. Looks for the few headers that matter instead of parsing them all.
+    """
     head_end = buffer.find(b"\r\n\r\n")
     if head_end < 0:
         if len(buffer) > MAX_HEAD:
             raise ValueError("headers too large")
         return None
-    lines = bytes(buffer[:head_end]).decode("latin-1").split("\r\n")
-    version, _, rest = lines[0].partition(" ")
-    if not version.startswith("HTTP/1."):
-        raise ValueError(f"not HTTP: {lines[0]!r}")
-    status = int(rest[:3])
-    headers: dict[str, str] = {}
-    for line in lines[1:]:
-        name, _, value = line.partition(":")
-        name, value = name.strip().lower(), value.strip()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    body = bytes(buffer[head_end + 4 :])
+    head = bytes(buffer[:head_end])
+    if not head.startswith(b"HTTP/1."):
+        raise ValueError(f"not HTTP: {head[:80]!r}")
+    status = int(head[9:12])
+    lower = head.lower()
+    keep = b"\r\nconnection: close" not in lower and head[7:8] == b"1"
+    start = head_end + 4
     if bodiless or status in (204, 304):
-        return Reply(status, headers, b"")
-    if headers.get("transfer-encoding", "").lower() == "chunked":
-        whole = _dechunk(body)
-        return None if whole is None else Reply(status, headers, whole)
-    if "content-length" in headers:
-        length = int(headers["content-length"])
-        return Reply(status, headers, body[:length]) if len(body) >= length else None
-    return Reply(status, headers, body) if ended else None
+        return Reply(status, head, b""), keep
+    found = lower.find(b"\r\ncontent-length:")
+    if found >= 0:
+        line_end = lower.find(b"\r\n", found + 2)
+        length = int(lower[found + 17 : line_end if line_end >= 0 else None])
+        if len(buffer) < start + length:
+            return None
+        return Reply(status, head, bytes(buffer[start : start + length])), keep
+    if b"\r\ntransfer-encoding: chunked" in lower:
+        whole = _dechunk(bytes(buffer[start:]))
+        return None if whole is None else (Reply(status, head, whole), keep)
+    return (Reply(status, head, bytes(buffer[start:])), False) if ended else None
 
 
 def _dechunk(body: bytes) -> bytes | None:
@@ -188,8 +228,8 @@ class HttpClient:
         self._tls = tls
         self._timeout_s = timeout_s
         self._connection: _Connection | None = None
-        common = {"Host": f"{host}:{port}", **(headers or {})}
-        self._common = "".join(f"{name}: {value}\r\n" for name, value in common.items())
+        self._host_line = f"Host: {host}:{port}\r\n"
+        self._common = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._encode = msgspec.json.Encoder().encode
 
     @classmethod
@@ -240,11 +280,15 @@ class HttpClient:
         `headers` says otherwise.
         """
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        extra = {} if headers is None else dict(headers)
+        lines = self._host_line
+        if headers:
+            if "Host" in headers:
+                lines = ""
+            lines += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         if body is not None:
-            extra.setdefault("Content-Type", "application/json")
-            extra.setdefault("Content-Length", str(len(body)))
-        lines = "".join(f"{name}: {value}\r\n" for name, value in extra.items())
+            if headers is None or "Content-Type" not in headers:
+                lines += "Content-Type: application/json\r\n"
+            lines += f"Content-Length: {len(body)}\r\n"
         head = f"{method} {path} HTTP/1.1\r\n{self._common}{lines}\r\n"
         return await self._exchange(head.encode() + (body or b""), method == "HEAD", limit_s)
 
@@ -258,13 +302,15 @@ class HttpClient:
     async def _exchange(self, request: bytes, bodiless: bool, limit_s: float) -> Outcome:
         sent = False
         try:
-            async with asyncio.timeout(limit_s):
-                connection = await self._connected()
-                sent = True
-                return await connection.ask(request, bodiless=bodiless)
+            connection = self._connection
+            if connection is None or connection.closed:
+                async with asyncio.timeout(limit_s):
+                    connection = await self._connect()
+            sent = True
+            return await connection.ask(request, bodiless=bodiless, limit_s=limit_s)
         except TimeoutError:
             self.close()
-            return NoReply("timeout", not sent, f"no answer in {limit_s} s")
+            return NoReply("timeout", True, f"no connection in {limit_s} s")
         except _Broken as broken:
             self.close()
             return NoReply(broken.kind, False, str(broken))
@@ -276,12 +322,10 @@ class HttpClient:
             self.close()
             raise
 
-    async def _connected(self) -> _Connection:
-        if self._connection is None or self._connection.closed:
-            loop = asyncio.get_running_loop()
-            _, self._connection = await loop.create_connection(
-                _Connection, self._host, self._port, ssl=self._tls
-            )
+    async def _connect(self) -> _Connection:
+        _, self._connection = await asyncio.get_running_loop().create_connection(
+            _Connection, self._host, self._port, ssl=self._tls
+        )
         return self._connection
 
     def close(self) -> None:

@@ -19,10 +19,10 @@ In a service's tests/test_contract.py:
 from collections.abc import Callable
 from typing import Any, Final
 
-from testkit.contract import answers, requests, startup
+from testkit.contract import answers, fuzz, requests, startup
 from testkit.contract.service import Service, Target, running
 
-CHECKS: Final = (*answers.CHECKS, *requests.CHECKS)
+CHECKS: Final = (*answers.CHECKS, *requests.CHECKS, *fuzz.CHECKS)
 STARTUP: Final = startup.CHECKS
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from testkit.cluster import (
+    CAN_LIMIT,
     CAN_PAUSE,
     Cluster,
     HttpClient,
@@ -19,7 +20,10 @@ from testkit.cluster import (
     ProcessFailure,
     Reply,
     Reservation,
+    cut_tail,
+    flip_bit,
     free_port,
+    limit_file_size,
 )
 
 pytestmark = pytest.mark.cluster
@@ -218,3 +222,33 @@ async def test_a_link_passes_the_end_of_the_stream_and_a_dead_target() -> None:
     with pytest.raises(ConnectionResetError):
         await talk()
     link.close()
+
+
+def test_files_are_cut_and_flipped_where_asked(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(100))
+    at = flip_bit(path, seed=3, start=10, end=20)
+    changed = [offset for offset, byte in enumerate(path.read_bytes()) if byte]
+    assert changed == [at]
+    assert 10 <= at < 20
+    cut_tail(path, 95)
+    assert path.read_bytes() == bytes(5)
+    cut_tail(path, 95)
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.skipif(not CAN_LIMIT, reason="prlimit is Linux's")
+async def test_a_node_can_be_made_to_run_out_of_room_and_get_it_back(tmp_path: Path) -> None:
+    async with Cluster(argv, 1, root=tmp_path) as cluster, cluster.client(0) as client:
+
+        async def status() -> int:
+            outcome = await client.post("/increment", {})
+            assert isinstance(outcome, Reply), outcome
+            return outcome.status
+
+        assert await status() == 200
+        limit_file_size(cluster.nodes[0].pid, 0)
+        assert await status() == 500
+        limit_file_size(cluster.nodes[0].pid, None)
+        (cluster.views[0].data_dir / "counter").write_text("7")
+        assert await status() == 200
