@@ -40,11 +40,12 @@ class Standing(IntEnum):
     """What a replica's word about a partition is worth."""
 
     BLANK = 0
-    """Never stored anything of it: a new node, or one that lost its whole disk."""
+    """Never heard of it: a new node, or one that lost its whole disk."""
     MEMBER = 1
     """Counts in majorities."""
     DAMAGED = 2
-    """Lost some of it (checksums): counts again when it has copied the partition."""
+    """Knows that it exists and lacks it, or some of it: lost records, or never got them. Counts
+    (again) when it has copied the partition."""
 
 
 def owner_of(epoch: int) -> int:
@@ -318,9 +319,13 @@ class CopyRecord(Struct, frozen=True, array_like=True, tag=2):
 
 
 class PromiseRecord(Struct, frozen=True, array_like=True, tag=3):
+    """``elected``: a majority had chosen that owner already, so the partition exists: a node that
+    has nothing of it is not a founder."""
+
     partition: PartitionId
     epoch: Count
     ring: Count
+    elected: bool = False
 
 
 class SealRecord(Struct, frozen=True, array_like=True, tag=4):

@@ -69,6 +69,7 @@ class SimNode:
         self.batches: list[tuple[int, list[LogRecord]]] = []
         self.syncing = False
         self.incarnation = 0
+        self.fresh = False
         self.ready: dict[int, dict[tuple[int, int], float]] = {}
         self.waiting: dict[int, list[tuple[int, int, Any, Any]]] = {}
         self.marks: dict[tuple[int, int], int] = {}
@@ -77,6 +78,7 @@ class SimNode:
 
     def start(self, disk: Disk) -> None:
         stored = disk.get("incarnation", 0)
+        self.fresh = stored == 0
         self.incarnation = max(stored + 1, self.host.wall_ms())
         disk.put("incarnation", self.incarnation)
         disk.flush()
@@ -110,6 +112,8 @@ class SimNode:
                 nodes=len(harness.world.names),
                 incarnation=self.incarnation,
                 preference=harness.preference,
+                fresh=self.fresh,
+                genesis_ms=harness.genesis_ms,
                 seed=self.host.rng.getrandbits(63),
                 wall_ms=self.host.wall_ms(),
                 window_bytes=harness.window_bytes,
@@ -244,6 +248,11 @@ class SimNode:
             position = self.harness.world.names.index(peer)
             self.run(self.core.peer_disconnected(position, self.host.now_ms()))
 
+    def on_stop(self) -> None:
+        """SIGTERM: the core hands over; what the moment allows goes out before the end."""
+        if self.core is not None:
+            self.run(self.core.yield_all(self.host.now_ms()))
+
     # -- clients -----------------------------------------------------------------------------------
 
     def propose(self, partition: int, drafts: tuple[Any, ...], answer: Any, reply: Any) -> None:
@@ -312,6 +321,7 @@ class QueueHarness(Harness[SimNode]):
 
     partitions = 2
     window_bytes = 2_000
+    genesis_ms = 3_000
 
     def __init__(self, world: World[SimNode]) -> None:
         super().__init__(world)
@@ -504,6 +514,38 @@ FAULTS = Scenario(
         wall_jump=1,
         drift_ppm=2_000,
     ),
+    links=(PERFECT, LinkSettings(), ROUGH),
+    wire=wire,
+)
+
+
+class Founded(Stopping):
+    """Founding by a majority is left out: two empty disks out of three can't be told from a new
+    cluster while the third node is away, if the others never heard of it (DESIGN.md)."""
+
+    genesis_ms = 1 << 40
+
+
+WIPES = Scenario(
+    "wipes",
+    nodes=("n1", "n2", "n3"),
+    harness=Founded,
+    duration_ms=4_000,
+    settle_ms=5_000,
+    faults=Faults(
+        crash=2, pause=1, isolate=1, wipe=3, power_cut=1, stop=1, max_wipes=1, every_ms=(100, 1_000)
+    ),
+    links=(PERFECT, LinkSettings(), ROUGH),
+    wire=wire,
+)
+
+FIVE = Scenario(
+    "five",
+    nodes=("n1", "n2", "n3", "n4", "n5"),
+    harness=Founded,
+    duration_ms=4_000,
+    settle_ms=5_000,
+    faults=Faults(crash=4, pause=2, partition=3, one_way=2, wipe=1, power_cut=1, drift_ppm=2_000),
     links=(PERFECT, LinkSettings(), ROUGH),
     wire=wire,
 )

@@ -18,6 +18,8 @@ def check(machine: PartitionDelivery) -> None:
             assert any(d == dot and due <= entry.due_ms for due, d in timers), "no timer"
         # Who was leased has a receipt of this epoch or an earlier one.
         assert 0 <= entry.epoch <= machine.epoch
+    leased = {dot for dot, entry in machine.entries.items() if entry.state is State.LEASED}
+    assert set(machine.leased) == leased, "the leases passed on are not the leases given"
     for view in machine.views():
         counted = [0] * len(State)
         for entry in view.members:

@@ -17,7 +17,8 @@ PRIORITIES = 10
 
 
 class Settings(msgspec.Struct, frozen=True, omit_defaults=False):
-    """What `PUT /queues/{q}` sets. None: no limit (of deliveries: never dead-lettered)."""
+    """What `PUT /queues/{q}` sets. None: no limit. A message is dead-lettered when it has both a
+    number of deliveries and a place to go to."""
 
     visibility_ms: int = DEFAULT_VISIBILITY_MS
     max_deliveries: int | None = DEFAULT_MAX_DELIVERIES
@@ -46,7 +47,11 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     body: bytes | None
     body_bytes: int
     enqueued_ms: int
+    wall_ms: int = 0
+    """The owner's wall clock when it was enqueued: for people, decides nothing."""
     headers: bytes | None = None
+    origin: bytes | None = None
+    """JSON members that tell a dead letter's past."""
     group: str | None = None
     priority: int = 0
     ready_at_ms: int = 0

@@ -17,6 +17,7 @@ from collections import OrderedDict, deque
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
+from message_queue.core.delivery.leases import Lease
 from message_queue.core.delivery.lifecycle import ALLOWED, State
 from message_queue.core.delivery.line import Line
 from message_queue.core.delivery.model import (
@@ -104,8 +105,14 @@ class PartitionDelivery:
         """(due_ms, dot), lazily invalid. Invariant: every DELAYED and LEASED entry has a timer at
         its `due_ms` or earlier, and every entry that can expire one at its expiry or earlier."""
         self._waiting_in: dict[int, _Queue] = {}
+        self.leased: dict[int, Entry] = {}
+        """Messages in LEASED. What a successor should know."""
+        self.leases_changed = 0
+        """Counts changes of `leased`."""
         self._endings: list[Ending] = []
         self._grants: list[Grant] = []
+        self.resident_bytes = 0
+        """Bodies in memory."""
 
     # ── what is stored ──────────────────────────────────────────────────────────────────────────
 
@@ -116,6 +123,8 @@ class PartitionDelivery:
         queue = self._queue(entry.queue)
         self.entries[entry.dot] = entry
         queue.bytes += entry.body_bytes
+        if entry.body is not None:
+            self.resident_bytes += entry.body_bytes
         queue.arrivals.append(entry)
         expires_ms = self._expires_ms(queue, entry)
         if expires_ms:
@@ -148,7 +157,9 @@ class PartitionDelivery:
         self._move(queue, entry, State.GONE)
         queue.counts[State.GONE] = 0
         queue.bytes -= entry.body_bytes
-        entry.body = None
+        if entry.body is not None:
+            self.resident_bytes -= entry.body_bytes
+            entry.body = None
         if entry.group is not None:
             self._advance(queue, entry.group, entry, now_ms)
         arrivals = queue.arrivals
@@ -164,17 +175,20 @@ class PartitionDelivery:
             self._trim_timers()
         return entry
 
-    def restore_lease(
-        self, dot: int, receipt: Receipt, due_ms: int, leased_ms: int, now_ms: int
-    ) -> None:
-        """At takeover: the previous owner had leased `dot` until `due_ms`."""
-        entry = self.entries.get(dot)
-        if entry is None or entry.state is not State.READY:
+    def restore_lease(self, lease: Lease, now_ms: int) -> None:
+        """At takeover: the previous owner had leased this message."""
+        entry = self.entries.get(lease.dot)
+        if entry is None or entry.state is not State.READY or lease.epoch >= self.epoch:
             return
-        entry.epoch, entry.attempt = receipt.epoch, receipt.attempt
-        if due_ms > now_ms:
-            entry.leased_ms = leased_ms
+        entry.epoch, entry.attempt = lease.epoch, lease.attempt
+        if lease.due_ms > now_ms:
+            entry.leased_ms = min(lease.leased_ms, now_ms)
+            due_ms = min(lease.due_ms, entry.leased_ms + MAX_LEASE_MS)
             self._lease_until(self._queues[entry.queue], entry, due_ms)
+
+    def waiting(self) -> list[int]:
+        """Tokens of all who wait."""
+        return list(self._waiting_in)
 
     def configure(self, queue_name: str, settings: Settings | None, now_ms: int) -> None:
         """New settings of a queue (None: back to the defaults)."""
@@ -386,6 +400,12 @@ class PartitionDelivery:
             raise AssertionError(f"{entry.state.name} to {state.name}")
         queue.counts[entry.state] -= 1
         queue.counts[state] += 1
+        if state is State.LEASED:
+            self.leased[entry.dot] = entry
+            self.leases_changed += 1
+        elif entry.state is State.LEASED:
+            del self.leased[entry.dot]
+            self.leases_changed += 1
         entry.state = state
 
     def _state_on_arrival(self, entry: Entry, now_ms: int) -> State:
@@ -471,7 +491,8 @@ class PartitionDelivery:
 
     def _exhausted(self, queue: _Queue, entry: Entry) -> bool:
         most = queue.settings.max_deliveries
-        return most is not None and entry.attempt >= most
+        # Without a place for dead letters a message is delivered on: nothing is ever dropped.
+        return most is not None and entry.attempt >= most and bool(queue.settings.dead_letter)
 
     def _expires_ms(self, queue: _Queue, entry: Entry) -> int:
         """When its lifetime ends, by its own ttl or the queue's retention; 0: never."""

@@ -13,6 +13,7 @@ class ReplicationConfig(Struct, frozen=True):
     incarnation: int  # strictly greater at every boot, durable before the core starts; never 0
     preference: tuple[tuple[int, ...], ...]
     ring: int = 1
+    fresh: bool = False  # the store was empty at this start: a new node, or one that lost its disk
     seed: int = 0  # chance: jitter of elections, origins
     wall_ms: int = 0  # the wall clock at start: where cluster time begins in a new cluster
     heartbeat_ms: int = 100

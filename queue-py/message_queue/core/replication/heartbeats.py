@@ -60,6 +60,8 @@ class Heartbeats:
             return
         peer.beat = message.beat
         peer.hears_me = message.heard == desk.config.incarnation
+        if desk.config.fresh and 0 < message.heard < desk.config.incarnation:
+            self._not_a_founder()
         self._clock.hear(message.cluster_ms)
         refused: list[tuple[int, int, int]] = []
         named = dict(message.owned + message.claimed)
@@ -87,6 +89,17 @@ class Heartbeats:
             HeartbeatAnswer(message.beat, peer.incarnation, self._clock.ms, tuple(refused)),
         )
 
+    def _not_a_founder(self) -> None:
+        """A peer knows an earlier life of this node, whose disk is empty: it lost it."""
+        config = self._desk.config
+        for partition, seat in self._seats.items():
+            if seat.state.standing is Standing.BLANK:
+                promised = seat.state.promised
+                self._desk.persist(
+                    PromiseRecord(partition, promised, config.ring, True), seat.state
+                )
+                self._desk.note("disk_lost", partition, promised)
+
     def _renew(self, seat: Seat, epoch: int, beat: int, now_ms: int) -> bool:
         """Lengthens the lease of an owner that this node promised, or promises to follow it."""
         state = seat.state
@@ -97,7 +110,7 @@ class Heartbeats:
         if epoch > state.promised:
             # Elected without this node. Following it is a promise like any other: durable first, so
             # the lease is renewed at a later heartbeat.
-            self._desk.persist(PromiseRecord(state.partition, epoch, self._desk.config.ring), state)
+            self._desk.persist(PromiseRecord(state.partition, epoch, config.ring, True), state)
             seat.promise_batch = self._desk.batch
             return False
         if seat.promise_batch > self._desk.durable:

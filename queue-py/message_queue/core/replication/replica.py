@@ -121,7 +121,9 @@ class Replica:
             return False
         if message.epoch > state.promised:
             # Whoever seals was elected by a majority: no earlier owner can have a lease any more.
-            self._desk.persist(PromiseRecord(state.partition, message.epoch, message.ring), state)
+            self._desk.persist(
+                PromiseRecord(state.partition, message.epoch, message.ring, True), state
+            )
             seat.promise_batch = self._desk.batch
         seat.seen = max(seat.seen, message.epoch)
         if seat.install is not None and seat.install.epoch == message.epoch:

@@ -89,9 +89,11 @@ class PartitionState:
                 for copy in copies:
                     self.copied.add(copy.epoch, copy.seq)
                 return ()
-            case PromiseRecord(_, epoch, ring):
+            case PromiseRecord(_, epoch, ring, elected):
                 self.promised = max(self.promised, epoch)
                 self.ring = max(self.ring, ring)
+                if elected and self.standing is Standing.BLANK:
+                    self.standing = Standing.DAMAGED
                 return ()
             case SealRecord():
                 return self._seal(record)

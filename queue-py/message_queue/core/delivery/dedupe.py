@@ -1,0 +1,58 @@
+"""The dedupe window of one partition: which ids were used within the last five minutes, by what."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from msgspec import Struct
+
+
+class Mark(Struct, eq=False, gc=False):
+    """One id in use."""
+
+    message_dot: int
+    mark_dot: int
+    until_ms: int
+
+
+class DedupeWindow:
+    """Invariant: `_order` names every mark in `_marks`, sorted by `until_ms` (the window has one
+    length, and marks restored at takeover are added in that order)."""
+
+    def __init__(self) -> None:
+        self._marks: dict[tuple[str, str], Mark] = {}
+        self._order: deque[tuple[int, tuple[str, str]]] = deque()
+
+    def find(self, queue: str, dedupe_id: str, now_ms: int) -> Mark | None:
+        """The mark of an id, if its window is open."""
+        mark = self._marks.get((queue, dedupe_id))
+        return mark if mark is not None and mark.until_ms > now_ms else None
+
+    def add(self, queue: str, dedupe_id: str, mark: Mark) -> None:
+        """An id is used from now on."""
+        key = (queue, dedupe_id)
+        self._marks[key] = mark
+        self._order.append((mark.until_ms, key))
+
+    def due(self, now_ms: int) -> bool:
+        """Whether `expire` has something to do. O(1)."""
+        return bool(self._order) and self._order[0][0] <= now_ms
+
+    def expire(self, now_ms: int) -> list[int]:
+        """Forget ids whose window closed; the dots of their marks, to be acked."""
+        closed = []
+        while self._order and self._order[0][0] <= now_ms:
+            until_ms, key = self._order.popleft()
+            mark = self._marks.get(key)
+            if mark is not None and mark.until_ms == until_ms:
+                del self._marks[key]
+                closed.append(mark.mark_dot)
+        return closed
+
+    def purge(self, queue: str) -> list[int]:
+        """Forget a queue's ids; the dots of their marks. O(marks)."""
+        keys = [key for key in self._marks if key[0] == queue]
+        return [self._marks.pop(key).mark_dot for key in keys]
+
+    def __len__(self) -> int:
+        return len(self._marks)

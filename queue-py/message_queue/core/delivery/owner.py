@@ -1,0 +1,462 @@
+"""A partition at its owner: turns operations into records to store, and stored records into
+answers.
+
+```
+operation ──▶ produce/settle/…  ──▶ drafts ──gather──▶ (the replication proposes and stores) ─┐
+                    │                                                                         │
+                    └─▶ an Answer at once                   answers ◀── committed(upto) ◀─────┘
+```
+
+Pure. Whoever asks gives a `token`; the answer comes back at once or later in `finished`. An answer
+of None means: not the owner any more, nothing was done, ask elsewhere. Lives for one epoch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import msgspec
+from msgspec import Struct
+
+from message_queue.core.delivery import stored
+from message_queue.core.delivery.dedupe import DedupeWindow, Mark
+from message_queue.core.delivery.leases import decode_leases, encode_leases
+from message_queue.core.delivery.model import (
+    Ended,
+    Entry,
+    Grant,
+    Settings,
+    Verdict,
+    parse_receipt,
+)
+from message_queue.core.delivery.partition import PartitionDelivery
+from message_queue.core.delivery.stored import DEDUPE_WINDOW_MS, DedupeMark, MessageMeta
+from message_queue.core.ids import message_id, pack_dot, unpack_dot
+from message_queue.core.messages import Span, Spans
+from message_queue.core.operations import (
+    Answer,
+    Configure,
+    Extend,
+    Nack,
+    Produce,
+    Results,
+    Settle,
+    refusal,
+    unknown_outcome,
+)
+from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft, SetDraft
+
+SETTINGS_KEY = "queue/"
+_json = msgspec.json.Encoder()
+_msgpack = msgspec.msgpack.Encoder()
+_settings_decoder = msgspec.json.Decoder(Settings)
+Finished = tuple[int, Answer | None]
+
+
+class _Pending(Struct, eq=False):
+    """What waits for its drafts to be stored. `token` 0: nobody asked."""
+
+    token: int
+    drafts: int
+    last: int = 0
+    """The seq at which it is done."""
+
+
+class _Storing(_Pending):
+    queue: str = ""
+    batch: bool = False
+    pieces: tuple[int | Mark, ...] = ()
+    """For each message of the request: the offset of its draft, or the mark it repeats."""
+    new: tuple[tuple[int, MessageMeta, bytes], ...] = ()
+    marks: tuple[tuple[int, Mark], ...] = ()
+    """(offset of the mark's draft, mark); the message's draft stands right before it."""
+
+
+class _Settling(_Pending):
+    dots: tuple[int, ...] = ()
+    answer: Answer | None = None
+
+
+class _Configuring(_Pending):
+    queue: str = ""
+    settings: Settings | None = None
+
+
+Pending = _Storing | _Settling | _Configuring
+
+
+class PartitionOwner:
+    """`covers(dot)`: whether the replication's context covers it (then it was issued)."""
+
+    def __init__(self, partition: int, epoch: int, covers: Callable[[int], bool]) -> None:
+        self.partition = partition
+        self.epoch = epoch
+        self.delivery = PartitionDelivery(epoch)
+        self.keep_bodies = True
+        """Whether what is stored now keeps its body in memory; else it is on disk only."""
+        self.finished: list[Finished] = []
+        self.grants: list[Grant] = []
+        self.dead_letters: list[Entry] = []
+        """Exhausted messages: to be stored at their dead letter queue, then `remove`d."""
+        self._covers = covers
+        self._drafts: list[Draft] = []
+        self._gathered: list[Pending] = []
+        self._pending: deque[Pending] = deque()
+        """Proposed, in the order of `last`."""
+        self._window = DedupeWindow()
+        self._storing: Counter[str] = Counter()
+        """Messages gathered or pending, by queue (for `max_length`)."""
+        self._assigned = 0
+        self._upto = 0
+        self._leases_sent = 0
+
+    # ── takeover ────────────────────────────────────────────────────────────────────────────────
+
+    def restore(
+        self,
+        held: Iterable[tuple[int, bytes, int]],
+        settings: Mapping[str, bytes],
+        leases: bytes,
+        now_ms: int,
+    ) -> list[str]:
+        """Rebuild from what is stored: (dot, meta, body_bytes) in the order of dots, settings by
+        key, and the last owner's leases. Returns what could not be read, as sentences."""
+        unreadable: list[str] = []
+        for key, value in settings.items():
+            name = key.removeprefix(SETTINGS_KEY)
+            if name == key:
+                continue
+            try:
+                self.delivery.configure(name, _settings_decoder.decode(value), now_ms)
+            except msgspec.MsgspecError as e:
+                unreadable.append(f"settings of {name}: {e}")
+        marks: list[tuple[str, str, Mark]] = []
+        for dot, raw, body_bytes in held:
+            try:
+                meta = stored.decode(raw)
+            except msgspec.MsgspecError as e:
+                unreadable.append(f"message {message_id(self.partition, dot)}: {e}")
+                continue
+            match meta:
+                case MessageMeta():
+                    entry = stored.entry_of(dot, meta, None, body_bytes)
+                    self.delivery.put(entry, now_ms)
+                case DedupeMark(queue, dedupe_id, back, until_ms):
+                    marks.append((queue, dedupe_id, Mark(dot - back, dot, until_ms)))
+        for queue, dedupe_id, mark in sorted(marks, key=lambda item: item[2].until_ms):
+            self._window.add(queue, dedupe_id, mark)
+        for lease in decode_leases(leases):
+            self.delivery.restore_lease(lease, now_ms)
+        self._events(now_ms)
+        return unreadable
+
+    # ── operations ──────────────────────────────────────────────────────────────────────────────
+
+    def produce(self, token: int, op: Produce, now_ms: int, wall_ms: int) -> Answer | None:
+        """Store messages. An answer at once only when they are refused."""
+        queue = op.queue
+        limit = self.delivery.settings(queue).max_length
+        if limit is not None:
+            held = self.delivery.length(queue) + self._storing[queue]
+            if held + len(op.messages) > limit:
+                return refusal(429, "Queue is full", 1, queue=queue, max_length=limit)
+        pieces: list[int | Mark] = []
+        new: list[tuple[int, MessageMeta, bytes]] = []
+        marks: list[tuple[int, Mark]] = []
+        count = 0
+        drafts = self._drafts
+        for message in op.messages:
+            dedupe_id = message.dedupe_id
+            if dedupe_id is not None:
+                mark = self._window.find(queue, dedupe_id, now_ms)
+                if mark is not None:
+                    pieces.append(mark)
+                    continue
+            meta = stored.meta_of(queue, message, now_ms, wall_ms)
+            drafts.append(PutDraft(stored.encode(meta), message.body))
+            pieces.append(count)
+            new.append((count, meta, message.body))
+            count += 1
+            if dedupe_id is not None:
+                mark = Mark(0, 0, now_ms + DEDUPE_WINDOW_MS)
+                self._window.add(queue, dedupe_id, mark)
+                raw = stored.encode(DedupeMark(queue, dedupe_id, 1, mark.until_ms))
+                drafts.append(PutDraft(raw, b""))
+                marks.append((count, mark))
+                count += 1
+        self._storing[queue] += len(new)
+        self._gathered.append(
+            _Storing(
+                token=token,
+                drafts=count,
+                queue=queue,
+                batch=op.batch,
+                pieces=tuple(pieces),
+                new=tuple(new),
+                marks=tuple(marks),
+            )
+        )
+        return None
+
+    def settle(self, token: int, op: Settle) -> Answer | None:
+        """Acknowledge. The answer's body is a `Results`."""
+        statuses: list[int] = []
+        dots: list[int] = []
+        for dot, text in zip(op.dots, op.receipts, strict=False):
+            receipt = parse_receipt(text) if text is not None else None
+            match self.delivery.settle(dot, receipt):
+                case Verdict.DONE | Verdict.SETTLING:
+                    # One that is settling already is acked once more: it is done when stored.
+                    statuses.append(200)
+                    dots.append(dot)
+                case Verdict.OVERTAKEN:
+                    statuses.append(409)
+                case _:
+                    statuses.append(200 if self._covers(dot) else 404)
+        answer = Answer(200, _msgpack.encode(Results(tuple(statuses))))
+        if not dots:
+            return answer
+        self._end(token, dots, answer)
+        return None
+
+    def nack(self, op: Nack, now_ms: int) -> Answer:
+        """Give back."""
+        receipt = parse_receipt(op.receipt) if op.receipt is not None else None
+        verdict = self.delivery.nack(op.dot, receipt, op.delay_ms, now_ms)
+        self._events(now_ms)
+        return self._verdict(verdict, op.dot, "returned")
+
+    def extend(self, op: Extend, now_ms: int) -> Answer:
+        """Lengthen a lease."""
+        receipt = parse_receipt(op.receipt) if op.receipt is not None else None
+        verdict = self.delivery.extend(op.dot, receipt, op.visibility_ms, now_ms)
+        self._events(now_ms)
+        return self._verdict(verdict, op.dot, "extended")
+
+    def configure(self, token: int, op: Configure) -> Answer | None:
+        """Change settings: those named in `changes`, the others stay."""
+        before = self.delivery.settings(op.queue)
+        changes = msgspec.json.decode(op.changes, type=dict[str, object])
+        try:
+            after = msgspec.convert({**msgspec.structs.asdict(before), **changes}, Settings)
+        except msgspec.ValidationError as e:
+            return refusal(400, "Invalid field", detail=str(e))
+        self._drafts.append(SetDraft(SETTINGS_KEY + op.queue, _json.encode(after)))
+        self._gathered.append(_Configuring(token, 1, queue=op.queue, settings=after))
+        return None
+
+    def purge(self, token: int, queue: str, delete: bool) -> Answer | None:
+        """End every message of a queue and clear its dedupe window; `delete`: its settings too."""
+        dots = self.delivery.purge(queue)
+        purged = len(dots)
+        dots += [dot for dot in self._window.purge(queue) if dot]
+        word = "deleted" if delete else "purged"
+        answer = Answer(200, _json.encode({"status": word, "queue": queue, "messages": purged}))
+        if delete:
+            self._drafts.append(SetDraft(SETTINGS_KEY + queue, b""))
+            self._gathered.append(_Configuring(0, 1, queue=queue, settings=None))
+        elif not dots:
+            return answer
+        self._end(token, dots, answer)
+        return None
+
+    def remove(self, dots: Sequence[int]) -> None:
+        """End messages that are already SETTLING (dead letters stored at their target)."""
+        self._end(0, list(dots), None)
+
+    def tick(self, now_ms: int) -> None:
+        """Let time end what it ends."""
+        self.delivery.tick(now_ms)
+        self._events(now_ms)
+        closed = [dot for dot in self._window.expire(now_ms) if dot]
+        if closed:
+            self._end(0, closed, None)
+
+    def due(self, now_ms: int) -> bool:
+        """Whether `tick` has something to do. O(1)."""
+        next_ms = self.delivery.next_due_ms()
+        return (next_ms is not None and next_ms <= now_ms) or self._window.due(now_ms)
+
+    def collect(self, now_ms: int) -> None:
+        """Take over what the delivery machine decided; call after using `delivery` directly."""
+        self._events(now_ms)
+
+    def leases(self) -> bytes | None:
+        """The leases as a successor should know them; None if nothing changed since last asked."""
+        if self.delivery.leases_changed == self._leases_sent:
+            return None
+        self._leases_sent = self.delivery.leases_changed
+        return encode_leases(self.delivery.leased.values())
+
+    # ── storing ─────────────────────────────────────────────────────────────────────────────────
+
+    def gather(self, max_bytes: int) -> tuple[tuple[Draft, ...], list[Pending]]:
+        """What waits to be proposed, as one batch: all of it, or about as much as fits into
+        `max_bytes` (at least one operation)."""
+        drafts, gathered = self._drafts, self._gathered
+        size = at = count = 0
+        for pending in gathered:
+            for draft in drafts[at : at + pending.drafts]:
+                if isinstance(draft, PutDraft):
+                    size += len(draft.body)
+            if count and size > max_bytes:
+                break
+            at += pending.drafts
+            count += 1
+        self._drafts, self._gathered = drafts[at:], gathered[count:]
+        return tuple(drafts[:at]), gathered[:count]
+
+    @property
+    def in_flight(self) -> int:
+        """Operations proposed and not yet stored on a majority."""
+        return len(self._pending)
+
+    @property
+    def has_gathered(self) -> bool:
+        """Whether `gather` would give anything."""
+        return bool(self._gathered)
+
+    def proposed(self, gathered: list[Pending], first: int, now_ms: int) -> None:
+        """The batch got the seqs from `first` on (0: it had no drafts)."""
+        at = first or self._assigned + 1
+        for pending in gathered:
+            if isinstance(pending, _Storing):
+                for offset, mark in pending.marks:
+                    mark.mark_dot = pack_dot(self.epoch, at + offset)
+                    mark.message_dot = mark.mark_dot - 1
+            start, at = at, at + pending.drafts
+            pending.last = at - 1
+            if isinstance(pending, _Storing):
+                pending.new = tuple((start + o, meta, body) for o, meta, body in pending.new)
+                pending.pieces = tuple(
+                    p if isinstance(p, Mark) else start + p for p in pending.pieces
+                )
+            self._pending.append(pending)
+        self._assigned = at - 1
+        self.committed(self._upto, now_ms)
+
+    def refused(self, gathered: list[Pending], now_ms: int) -> None:
+        """Not proposed: this node is not the owner. Everyone may ask elsewhere."""
+        for pending in gathered:
+            self._undo(pending, now_ms)
+            self._finish(pending.token, None)
+
+    def committed(self, upto: int, now_ms: int) -> None:
+        """Records up to this seq are stored on a majority."""
+        self._upto = upto
+        pending = self._pending
+        while pending and pending[0].last <= upto:
+            item = pending.popleft()
+            match item:
+                case _Storing():
+                    self._stored(item, now_ms)
+                case _Settling(dots=dots, answer=answer):
+                    for dot in dots:
+                        self.delivery.gone(dot, now_ms)
+                    if answer is not None:
+                        self._finish(item.token, answer)
+                case _Configuring(queue=queue, settings=settings):
+                    self.delivery.configure(queue, settings, now_ms)
+                    if settings is not None:
+                        body = _json.encode({"queue": queue, "settings": settings})
+                        self._finish(item.token, Answer(200, body))
+        self._events(now_ms)
+
+    def lost(self, clean: bool) -> list[int]:
+        """The ownership ended. Finishes everything; returns the tokens of those in long polls."""
+        for pending in self._gathered:
+            self._finish(pending.token, None)
+        for pending in self._pending:
+            answer = None if clean else unknown_outcome("Owner changed before the answer")
+            self._finish(pending.token, answer)
+        self._gathered.clear()
+        self._pending.clear()
+        return self.delivery.waiting()
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def _end(self, token: int, dots: list[int], answer: Answer | None) -> None:
+        self._drafts.append(AckDraft(spans_of(dots)))
+        self._gathered.append(_Settling(token, 1, dots=tuple(dots), answer=answer))
+
+    def _stored(self, item: _Storing, now_ms: int) -> None:
+        self._storing[item.queue] -= len(item.new)
+        if not self._storing[item.queue]:
+            del self._storing[item.queue]
+        for seq, meta, body in item.new:
+            kept = body if self.keep_bodies else None
+            entry = stored.entry_of(pack_dot(self.epoch, seq), meta, kept, len(body))
+            self.delivery.put(entry, now_ms)
+        if not item.token:
+            return
+        dots = [
+            p.message_dot if isinstance(p, Mark) else pack_dot(self.epoch, p) for p in item.pieces
+        ]
+        status = 201 if item.new else 200
+        if item.batch:
+            ids = [message_id(self.partition, dot) for dot in dots]
+            body_out: dict[str, object] = {"ids": ids, "queue": item.queue, "status": "created"}
+            repeated = [n for n, p in enumerate(item.pieces) if isinstance(p, Mark)]
+            if repeated:
+                body_out["duplicates"] = repeated
+                body_out["duplicate"] = not item.new
+            self._finish(item.token, Answer(status, _json.encode(body_out)))
+            return
+        name = message_id(self.partition, dots[0]).encode()
+        queue = _json.encode(item.queue)
+        tail = b"}" if item.new else b',"duplicate":true}'
+        text = b'{"id":"%b","queue":%b,"status":"created"%b' % (name, queue, tail)
+        self._finish(item.token, Answer(status, text))
+
+    def _undo(self, pending: Pending, now_ms: int) -> None:
+        match pending:
+            case _Storing(queue=queue, new=new, marks=marks):
+                self._storing[queue] -= len(new)
+                for _, mark in marks:
+                    mark.until_ms = 0  # closed: the id is free again
+            case _Settling(dots=dots):
+                for dot in dots:
+                    self.delivery.unsettle(dot, now_ms)
+            case _:
+                pass  # settings take effect at `committed` only
+
+    def _finish(self, token: int, answer: Answer | None) -> None:
+        if token:
+            self.finished.append((token, answer))
+
+    def _events(self, now_ms: int) -> None:
+        grants, endings = self.delivery.drain()
+        if grants:
+            self.grants += grants
+        if endings:
+            expired = [e.entry.dot for e in endings if e.reason is Ended.EXPIRED]
+            if expired:
+                self._end(0, expired, None)
+            self.dead_letters += [e.entry for e in endings if e.reason is Ended.EXHAUSTED]
+
+    def _verdict(self, verdict: Verdict, dot: int, word: str) -> Answer:
+        match verdict:
+            case Verdict.DONE:
+                return Answer(200, b'{"status":"%b"}' % word.encode())
+            case Verdict.OVERTAKEN:
+                return refusal(409, "Receipt overtaken by another delivery")
+            case Verdict.NOT_LEASED:
+                return refusal(409, "Message is not leased")
+            case Verdict.TOO_LONG:
+                return refusal(400, "Invalid field", field="visibility_ms", detail="12 h in total")
+            case Verdict.SETTLING:
+                return refusal(409, "Message is being settled")
+            case Verdict.UNKNOWN:
+                return refusal(404, "Message not found", id=message_id(self.partition, dot))
+
+
+def spans_of(dots: Sequence[int]) -> Spans:
+    """Packed dots as spans: sorted, joined where they touch."""
+    spans: list[Span] = []
+    for epoch, seq in map(unpack_dot, sorted(set(dots))):
+        if spans and spans[-1][0] == epoch and spans[-1][2] + 1 == seq:
+            spans[-1] = (epoch, spans[-1][1], seq)
+        else:
+            spans.append((epoch, seq, seq))
+    return tuple(spans)

@@ -1,0 +1,87 @@
+"""What a put's `meta` says: small, kept in memory on every replica, opaque to the replication."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from message_queue.core.delivery.model import Entry
+from message_queue.core.operations import NewMessage
+
+DEDUPE_WINDOW_MS = 5 * 60 * 1000
+
+
+class MessageMeta(Struct, frozen=True, array_like=True, tag=1):
+    """A message but for its body. Times as in `Entry`."""
+
+    queue: str
+    enqueued_ms: int
+    wall_ms: int
+    headers: bytes | None = None
+    group: str | None = None
+    priority: int = 0
+    ready_at_ms: int = 0
+    expires_ms: int = 0
+    origin: bytes | None = None
+
+
+class DedupeMark(Struct, frozen=True, array_like=True, tag=2):
+    """Remembers that a `dedupe_id` was used, after its message is long acked. It is a put of its
+    own, stored in one batch with its message and acked when the window closes: so the window
+    survives whatever messages survive, with no machinery of its own."""
+
+    queue: str
+    dedupe_id: str
+    back: int
+    """The message's seq is the mark's minus this."""
+    until_ms: int
+
+
+Meta = MessageMeta | DedupeMark
+_decoder: Final[msgspec.msgpack.Decoder[Meta]] = msgspec.msgpack.Decoder(Meta)
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+def encode(meta: Meta) -> bytes:
+    """For `PutDraft.meta`."""
+    return _encoder.encode(meta)
+
+
+def decode(raw: bytes) -> Meta:
+    """What `encode` gave. Raises msgspec.MsgspecError."""
+    return _decoder.decode(raw)
+
+
+def meta_of(queue: str, message: NewMessage, now_ms: int, wall_ms: int) -> MessageMeta:
+    """The meta of a message that is enqueued now."""
+    return MessageMeta(
+        queue=queue,
+        enqueued_ms=now_ms,
+        wall_ms=wall_ms,
+        headers=message.headers,
+        group=message.group_id,
+        priority=message.priority,
+        ready_at_ms=now_ms + message.delay_ms if message.delay_ms else 0,
+        expires_ms=now_ms + message.ttl_ms if message.ttl_ms else 0,
+        origin=message.origin,
+    )
+
+
+def entry_of(dot: int, meta: MessageMeta, body: bytes | None, body_bytes: int) -> Entry:
+    """The owner's view of a stored message."""
+    return Entry(
+        dot=dot,
+        queue=meta.queue,
+        body=body,
+        body_bytes=body_bytes,
+        enqueued_ms=meta.enqueued_ms,
+        wall_ms=meta.wall_ms,
+        headers=meta.headers,
+        origin=meta.origin,
+        group=meta.group,
+        priority=min(max(meta.priority, 0), 9),
+        ready_at_ms=meta.ready_at_ms,
+        expires_ms=meta.expires_ms,
+    )
