@@ -195,7 +195,11 @@ def _command(pid: int) -> str:
 
 def _output(argv: list[str]) -> str:
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False)
+        # ps prints times in the caller's language and zone; the same process must read the same.
+        plain = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=10, check=False, env=plain
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout

@@ -1,6 +1,7 @@
 """start.sh and stop.sh on stand-in services: what they promise whoever runs them."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -210,3 +211,17 @@ def test_a_wrong_port_base_is_one_clear_line(copy: Copy) -> None:
     assert done.returncode == 1
     assert "PORT_BASE must be a port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="no ps here")
+def test_a_process_is_told_apart_without_proc_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that macOS takes: ps, whatever the caller's language and time zone."""
+    monkeypatch.setattr(processes, "_PROC", Path("/no/proc/here"))
+    monkeypatch.setenv("TZ", "Asia/Makassar")
+    here = processes.started_at(os.getpid())
+    monkeypatch.setenv("TZ", "America/Lima")
+    assert here is not None
+    assert processes.started_at(os.getpid()) == here
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait(20)
+        assert processes.started_at(child.pid) is None
