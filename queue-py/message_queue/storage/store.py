@@ -226,6 +226,12 @@ class Store:
         found, damaged = await self.read(partition, moved)
         return found, damaged + lost
 
+    async def flushed(self) -> None:
+        """Return when everything handed over so far is durable (and indexed)."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._log.append(encode(ClockRecord(self._clock_ms)), _Ticket(0, waiting=done))
+        await done
+
     # ── figures ─────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -299,9 +305,7 @@ class Store:
         """Return when `records` and everything before them are durable."""
         for record in records:
             self._log.append(encode(record), _Ticket(0, record))
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._log.append(encode(ClockRecord(self._clock_ms)), _Ticket(0, waiting=done))
-        await done
+        await self.flushed()
 
     async def _rewrite(self, segment: int) -> None:
         """Copy the needed puts of a closed segment to the log's head."""

@@ -215,7 +215,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     @rule(queue=st.sampled_from(QUEUES), most=st.sampled_from([None, 1, 2, 5]))
     def configure(self, queue: str, most: int | None) -> None:
-        self.sut.configure(queue, Settings(max_deliveries=most), self.now)
+        self.sut.configure(queue, Settings(max_deliveries=most, dead_letter="d"), self.now)
         self.model.max_deliveries[queue] = most
 
     @rule(queue=st.sampled_from(QUEUES))

@@ -171,11 +171,14 @@ class Tenure:
         if not self._window or self._window[0][0] > follower.sent + 1:
             self.send_seal(peer, now_ms)
             return
-        for first, append, _ in self._window:
-            if first > follower.sent:
-                if append.entries[-1].seq - follower.match > IN_FLIGHT_MAX:
+        for _, append, _ in self._window:
+            last = append.entries[-1].seq
+            # Not by the first: an ack that overtook its put covers it, so that an acknowledged
+            # prefix may end within a batch.
+            if last > follower.sent:
+                if last - follower.match > IN_FLIGHT_MAX:
                     return
-                follower.sent = append.entries[-1].seq
+                follower.sent = last
                 self._desk.send(peer, append)
 
     def send_seal(self, peer: int, now_ms: int) -> None:

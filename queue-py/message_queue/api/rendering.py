@@ -1,0 +1,53 @@
+"""Messages as JSON, built by hand: bodies and headers are JSON already and go out byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+
+import msgspec
+
+from message_queue.core.delivery.model import Entry
+from message_queue.core.ids import message_id
+
+_json = msgspec.json.Encoder()
+
+
+@lru_cache(maxsize=1024)
+def _second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def timestamp(wall_ms: int) -> str:
+    """ISO 8601 with milliseconds; a clock that was off by millennia reads as the epoch."""
+    seconds, ms = divmod(wall_ms, 1000)
+    if not 0 <= seconds < 253402300800:
+        return "1970-01-01T00:00:00.000Z"
+    return f"{_second(seconds)}.{ms:03d}Z"
+
+
+def message(partition: int, entry: Entry, body: bytes, receipt: bool) -> bytes:
+    """A message as `/consume` (with receipt) and `/peek` (without) show it."""
+    parts = [
+        b'{"id":"%b","queue":%b,"body":%b,"headers":%b,"attempt":%d'
+        % (
+            message_id(partition, entry.dot).encode(),
+            _json.encode(entry.queue),
+            body,
+            entry.headers or b"{}",
+            entry.attempt,
+        )
+    ]
+    if receipt:
+        parts.append(b',"receipt":"%d.%d"' % (entry.epoch, entry.attempt))
+    parts.append(b',"enqueued_at":"%b"' % timestamp(entry.wall_ms).encode())
+    if entry.origin is not None:
+        parts.append(b"," + entry.origin)
+    parts.append(b"}")
+    return b"".join(parts)
+
+
+def messages(rendered: Sequence[bytes]) -> bytes:
+    """Several of them."""
+    return b'{"messages":[%b]}' % b",".join(rendered)

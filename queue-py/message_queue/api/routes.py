@@ -1,0 +1,226 @@
+"""The HTTP table: ten-line handlers that decode, ask the service, encode."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import msgspec
+from aiohttp import web
+
+from message_queue.api.errors import json_response
+from message_queue.api.keys import EVENTS, METRICS, REQUEST_ID, SERVICE
+from message_queue.api.openapi import Route, document
+from message_queue.api.requests import (
+    SETTLED,
+    SINGLE_ACK,
+    ask,
+    fetch,
+    guarded,
+    ids_of,
+    known_id,
+    new_messages,
+    queue_name,
+    read_forward,
+    respond,
+)
+from message_queue.api.schemas import (
+    AckBody,
+    ConsumeQuery,
+    ExtendBody,
+    NackBody,
+    NoQuery,
+    PeekQuery,
+    ProduceBody,
+    RingQuery,
+    RouteQuery,
+    SettingsBody,
+    check_name,
+    read_json,
+    read_query,
+)
+from message_queue.core.operations import Answer, Extend, Nack, Peek, Produce, Purge, Redrive
+
+_produce = msgspec.json.Decoder(ProduceBody)
+_ack = msgspec.json.Decoder(AckBody)
+_nack = msgspec.json.Decoder(NackBody)
+_extend = msgspec.json.Decoder(ExtendBody)
+_settings = msgspec.json.Decoder(SettingsBody)
+_encode = msgspec.json.Encoder().encode
+_PAGE = files("message_queue.dashboard").joinpath("index.html").read_bytes()
+
+
+async def produce(request: web.Request) -> web.Response:
+    body = await read_json(request, _produce)
+    forward = read_forward(request)
+    operation = Produce(check_name(body.queue, "queue"), *new_messages(body))
+    return respond(await ask(request, operation, forward))
+
+
+async def consume(request: web.Request) -> web.Response:
+    query = read_query(request, ConsumeQuery)
+    return await fetch(request, query, query.forward)
+
+
+async def ack(request: web.Request) -> web.Response:
+    body = await read_json(request, _ack)
+    forward = read_forward(request)
+    ids = ids_of(body)
+    found = await guarded(request.app[SERVICE].ack(ids, body.receipt, forward))
+    if isinstance(found, Answer):
+        return respond(found)
+    if body.next is not None and all(status == 200 for status in found):
+        return await fetch(request, body.next, forward)
+    if body.message_ids is not None:
+        return json_response({"results": [
+            {"message_id": name, "status": SETTLED[status]}
+            for name, status in zip(ids, found, strict=True)
+        ]})  # fmt: skip
+    return respond(SINGLE_ACK[found[0]])
+
+
+async def nack(request: web.Request) -> web.Response:
+    body = await read_json(request, _nack)
+    forward = read_forward(request)
+    name = known_id(body.message_id)
+    return respond(await ask(request, Nack(*name, body.receipt, body.delay_ms), forward))
+
+
+async def extend(request: web.Request) -> web.Response:
+    body = await read_json(request, _extend)
+    forward = read_forward(request)
+    name = known_id(body.message_id)
+    return respond(await ask(request, Extend(*name, body.receipt, body.visibility_ms), forward))
+
+
+async def queues(request: web.Request) -> web.Response:
+    read_query(request, NoQuery)
+    return json_response(await request.app[SERVICE].queues())
+
+
+async def queue(request: web.Request) -> web.Response:
+    read_query(request, NoQuery)
+    return respond(await request.app[SERVICE].show(queue_name(request)))
+
+
+async def configure(request: web.Request) -> web.Response:
+    body = await read_json(request, _settings)
+    forward = read_forward(request)
+    name = queue_name(request)
+    if isinstance(body.dead_letter, str):
+        check_name(body.dead_letter, "dead_letter")
+    service = request.app[SERVICE]
+    return respond(await guarded(service.configure(name, _encode(body), forward)))
+
+
+async def peek(request: web.Request) -> web.Response:
+    query = read_query(request, PeekQuery)
+    return respond(await ask(request, Peek(queue_name(request), query.max), query.forward))
+
+
+async def purge(request: web.Request) -> web.Response:
+    operation = Purge(queue_name(request), delete=False)
+    return respond(await ask(request, operation, read_forward(request)))
+
+
+async def delete(request: web.Request) -> web.Response:
+    operation = Purge(queue_name(request), delete=True)
+    return respond(await ask(request, operation, read_forward(request)))
+
+
+async def redrive(request: web.Request) -> web.Response:
+    return respond(await ask(request, Redrive(queue_name(request)), read_forward(request)))
+
+
+async def ring(request: web.Request) -> web.Response:
+    query = read_query(request, RingQuery)
+    return json_response(request.app[SERVICE].ring(query.queue))
+
+
+# --- what every service has -----------------------------------------------------------------------
+
+
+async def status(request: web.Request) -> web.Response:
+    return json_response(request.app[SERVICE].status())
+
+
+async def healthz(request: web.Request) -> web.Response:
+    return json_response({"status": "alive"})
+
+
+async def readyz(request: web.Request) -> web.Response:
+    reason = request.app[SERVICE].not_ready_because()
+    if reason is None:
+        return json_response({"status": "ready"})
+    return json_response({"error": "Not ready", "reason": reason}, 503, {"Retry-After": "1"})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    accept = request.headers.get("Accept", "")
+    asked = request.query.get("format") or (
+        "prometheus" if "text/plain" in accept or "openmetrics" in accept else "json"
+    )
+    if asked == "prometheus":
+        return web.Response(
+            body=request.app[METRICS].as_prometheus(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+    return json_response(request.app[METRICS].as_json())
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    return await request.app[EVENTS].stream(request, {"X-Request-Id": request[REQUEST_ID]})
+
+
+async def openapi(request: web.Request) -> web.Response:
+    return web.Response(body=_DOCUMENT, content_type="application/json")
+
+
+async def dashboard(request: web.Request) -> web.Response:
+    return web.Response(
+        body=_PAGE,
+        content_type="text/html",
+        charset="utf-8",
+        headers={"Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; "
+                 "script-src 'unsafe-inline'; frame-ancestors 'none'"},
+    )  # fmt: skip
+
+
+_DONE = {200: "Done", 400: "Bad input", 404: "Never issued", 409: "Overtaken",
+         421: "Wrong node (forward=false)", 503: "No quorum"}  # fmt: skip
+_ROUTED = {200: "OK", 400: "Bad input", 421: "Wrong node (forward=false)", 503: "No quorum"}
+ROUTES = (
+    Route("POST", "/produce", produce, "Store a message, or a batch of them", body=ProduceBody,
+          query=RouteQuery, answers={201: "Stored on a majority", 200: "Deduplicated",
+                                     429: "Queue or node is full", 507: "Disk full", **_ROUTED}),
+    Route("GET", "/consume", consume, "Lease messages", query=ConsumeQuery,
+          answers={204: "Nothing to deliver", **_ROUTED}),
+    Route("POST", "/ack", ack, "Acknowledge messages: they are gone for ever", body=AckBody,
+          query=RouteQuery, answers=_DONE),
+    Route("POST", "/nack", nack, "Give a message back", body=NackBody, query=RouteQuery,
+          answers=_DONE),
+    Route("POST", "/extend", extend, "Lengthen a lease", body=ExtendBody, query=RouteQuery,
+          answers=_DONE),
+    Route("GET", "/queues", queues, "All queues"),
+    Route("GET", "/queues/{queue}", queue, "One queue", answers={200: "OK", 404: "No such queue"}),
+    Route("PUT", "/queues/{queue}", configure, "Create or change a queue", body=SettingsBody,
+          query=RouteQuery, answers=_ROUTED),
+    Route("DELETE", "/queues/{queue}", delete, "Delete a queue with its messages",
+          query=RouteQuery, answers=_ROUTED),
+    Route("GET", "/queues/{queue}/peek", peek, "Browse without leasing", query=PeekQuery,
+          answers=_ROUTED),
+    Route("DELETE", "/queues/{queue}/messages", purge, "Remove every message", query=RouteQuery,
+          answers=_ROUTED),
+    Route("POST", "/queues/{queue}/redrive", redrive, "Send dead letters back to their source",
+          query=RouteQuery, answers={409: "A redrive is under way", **_ROUTED}),
+    Route("GET", "/ring", ring, "Placement of queues and partitions", query=RingQuery),
+    Route("GET", "/status", status, "State of this node"),
+    Route("GET", "/healthz", healthz, "The process is alive"),
+    Route("GET", "/readyz", readyz, "The node can serve",
+          answers={200: "Ready", 503: "Not yet, with the reason"}),
+    Route("GET", "/metrics", metrics, "Counters, as JSON or for Prometheus"),
+    Route("GET", "/events", events, "Server-sent events", media_type="text/event-stream"),
+    Route("GET", "/openapi.json", openapi, "This document"),
+    Route("GET", "/", dashboard, "Dashboard", media_type="text/html"),
+)  # fmt: skip
+
+_DOCUMENT = document(ROUTES, "Message queue")

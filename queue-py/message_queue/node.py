@@ -1,0 +1,457 @@
+"""The only file where the rooms meet: event -> core step -> persist -> send -> reply.
+
+```
+links ──▶ replicator ──▶ effects ──▶ 1 store.persist    (durable later: replicator.durable)
+clients ─▶ hosts ──▶ drafts ───┘     2 links.send       (in parallel with 1)
+                                     3 lost, gained, committed ──▶ hosts ──▶ answers
+```
+
+Each partition that this node owns has a `Host`. What clients ask gathers there while the batch
+before it is on its way, and leaves together: no timer, one batch in flight for each partition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any, assert_never
+
+from message_queue.api.events import EventHub
+from message_queue.config import Config
+from message_queue.core.delivery.model import Entry
+from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
+from message_queue.core.ids import pack_dot, unpack_dot
+from message_queue.core.messages import Copy, PeerMessage, Spans
+from message_queue.core.operations import (
+    Forward,
+    Forwarded,
+    ForwardEnded,
+    NodeMessage,
+)
+from message_queue.core.placement.ring import Ring
+from message_queue.core.replication.config import ReplicationConfig
+from message_queue.core.replication.drafts import Accepted, NotOwner
+from message_queue.core.replication.effects import Effects, Gained, Lost, Note, Read
+from message_queue.core.replication.replicator import Replicator
+from message_queue.hosting import Delivered, Host
+from message_queue.metrics import Metrics
+from message_queue.routing import Router
+from message_queue.storage.data_dir import DataDir
+from message_queue.storage.log import Fsync, Trouble
+from message_queue.storage.store import Store
+from message_queue.transport.links import Hello, Links
+
+log = logging.getLogger(__name__)
+
+AnyMessage = PeerMessage | NodeMessage
+TICK_S = 0.01
+CORE_TICK_MS = 50
+LEASES_MS = 100
+BATCHES_IN_FLIGHT = 1
+BATCH_BYTES = 4 << 20
+_SERVED_FOR_S = 5.0
+"""How long the leases of a forwarded answer can still be given back by the asker."""
+
+
+class Node:
+    """Made by `open`; then `attach` the links, `start`, and at the end `stop`."""
+
+    def __init__(
+        self, config: Config, metrics: Metrics, events: EventHub, incarnation: int
+    ) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.events = events
+        self.incarnation = incarnation
+        self.ring = Ring(range(len(config.peers)), config.virtual_nodes, config.replication_factor)
+        self.hosts: dict[int, Host] = {}
+        self.router = Router(self)
+        self.halted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.stopping = False
+        self.ids: dict[int, str] = {config.position: config.node_id}
+        self.addresses = {n: str(peer) for n, peer in enumerate(config.peers)}
+        """As each node announces itself; `--peers` may name a proxy."""
+        self.changed = asyncio.Event()
+        """Set (and renewed) whenever an owner changed: who waits for one looks again."""
+        self.store: Store
+        self.replicator: Replicator
+        self._links: Links[AnyMessage]
+        self._flushing: list[Host] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._serving: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._served: dict[tuple[int, int], Delivered] = {}
+        self._served_until: deque[tuple[float, tuple[int, int]]] = deque()
+        self._leases_due: dict[int, int] = {}
+        self._ticker: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(
+        cls, config: Config, metrics: Metrics, events: EventHub, data_dir: DataDir
+    ) -> Node:
+        """Recover what the data directory holds. Raises OSError."""
+        node = cls(config, metrics, events, data_dir.next_incarnation(_wall_ms()))
+        node.store = await Store.open(
+            data_dir.path / "log",
+            segment_bytes=config.segment_bytes,
+            fsync=Fsync(config.fsync),
+            on_durable=node._durable,
+            on_halt=node._halt,
+            on_trouble=node._trouble,
+        )
+        recovered = node.store.recovered
+        now_ms = _now_ms()
+        node.replicator = Replicator(
+            ReplicationConfig(
+                node=config.position,
+                nodes=len(config.peers),
+                incarnation=node.incarnation,
+                preference=node.ring.preference,
+                seed=node.incarnation,
+                wall_ms=_wall_ms(),
+            ),
+            node.store.states,
+            recovered.clock_ms,
+            now_ms,
+        )
+        for segment, spans in recovered.damaged.items():
+            log.error("segment %d has damaged records at bytes %s", segment, spans)
+            events.publish("storage_damaged", segment=segment)
+        if recovered.cut_bytes:
+            log.warning("cut a torn write of %d bytes off the log's end", recovered.cut_bytes)
+        log.info("recovered %d records, incarnation %d", recovered.frames, node.incarnation)
+        return node
+
+    def attach(self, links: Links[AnyMessage]) -> None:
+        """The links exist."""
+        self._links = links
+
+    def start(self) -> None:
+        """Begin to take part."""
+        self.store.start()
+        self._ticker = asyncio.create_task(self._tick_loop(), name="ticker")
+
+    async def stop(self) -> None:
+        """Hand every partition over, flush, close. Within 3 s."""
+        self.stopping = True
+        self._wake()
+        self.apply(self.replicator.yield_all(_now_ms()))
+        until_ms = _now_ms() + 2000
+        while self.replicator.owned() and _now_ms() < until_ms:
+            await asyncio.sleep(0.01)
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for task in (*self._tasks, *self._serving.values()):
+            task.cancel()
+        for host in list(self.hosts.values()):
+            host.end(clean=False)
+        await self.store.close()
+
+    # ── the core's effects ──────────────────────────────────────────────────────────────────────
+
+    def apply(self, fx: Effects) -> None:
+        """Do what a step asks, in the order that `Effects` prescribes."""
+        if fx.batch:
+            self.store.persist(fx.batch, fx.persist)
+        if fx.send:
+            self._links.send_all(fx.send)
+        for read in fx.reads:
+            self.spawn(self._read(read))
+        for lost in fx.lost:
+            self._lost(lost)
+        for gained in fx.gained:
+            self.spawn(self._gained(gained))
+        now_ms = self.cluster_ms() if fx.committed else 0
+        for committed in fx.committed:
+            host = self.hosts.get(committed.partition)
+            if host is not None and host.owner.epoch == committed.epoch:
+                host.owner.keep_bodies = self.keep_bodies()
+                host.flying = 0
+                host.owner.committed(committed.upto, now_ms)
+                host.flying = host.owner.in_flight
+                host.after()
+        for partition, spans in fx.forget:
+            self.store.forget(partition, spans)
+        for note in fx.notes:
+            self._note(note)
+
+    def _durable(self, batch: int) -> None:
+        self.apply(self.replicator.durable(batch, _now_ms()))
+
+    def _lost(self, lost: Lost) -> None:
+        host = self.hosts.get(lost.partition)
+        if host is not None and host.owner.epoch == lost.epoch:
+            del self.hosts[lost.partition]
+            host.end(lost.clean)
+        self._wake()
+
+    async def _gained(self, gained: Gained) -> None:
+        """Build the delivery machine. What the node's own disk does not have yet is on its way."""
+        partition, epoch = gained.partition, gained.epoch
+        state = self.replicator.state(partition)
+        dots = [pack_dot(*dot) for dot in state.held.dots()]
+        places = {dot: self.store.place(partition, *unpack_dot(dot)) for dot in dots}
+        if None in places.values():
+            await self.store.flushed()
+            places = {dot: self.store.place(partition, *unpack_dot(dot)) for dot in dots}
+        if state.sealed != epoch or not self.owns(partition):
+            return
+        missing = [unpack_dot(dot) for dot, place in places.items() if place is None]
+        if missing:
+            log.error("partition %d: %d bodies are not on this disk", partition, len(missing))
+            self.report_damage(partition, tuple((e, s, s) for e, s in missing))
+            return
+        context = state.records.context
+        owner = PartitionOwner(partition, epoch, lambda dot: context.has(*unpack_dot(dot)))
+        settings = {
+            key: setting.value
+            for key, setting in state.records.settings.items()
+            if key.startswith(SETTINGS_KEY)
+        }
+        held = [(dot, p.meta, p.body_bytes) for dot, p in places.items() if p is not None]
+        for sentence in owner.restore(held, settings, gained.soft, self.cluster_ms()):
+            log.error("partition %d: unreadable %s", partition, sentence)
+        host = Host(owner, self.store, self, self.metrics)
+        self.hosts[partition] = host
+        host.after()
+        self._wake()
+
+    def owns(self, partition: int) -> bool:
+        """This node is the owner as far as it knows."""
+        return self.replicator.owner(partition) == self.config.position
+
+    async def _read(self, read: Read) -> None:
+        """Bodies for a peer that copies a partition: as many as fit, in order."""
+        found: list[Copy] = []
+        unreadable: list[tuple[int, int, int]] = []
+        size = 0
+        for first, last, epoch in ((f, t, e) for e, f, t in read.wanted):
+            for start in range(first, last + 1, 64):
+                dots = [(epoch, seq) for seq in range(start, min(start + 64, last + 1))]
+                bodies, damaged = await self.store.read(read.partition, dots)
+                found += [Copy(*body) for body in bodies]
+                unreadable += [(e, s, s) for e, s in damaged]
+                size += sum(len(meta) + len(body) for _, _, meta, body in bodies)
+                if size >= read.max_bytes:
+                    break
+            if size >= read.max_bytes:
+                break
+        found.sort(key=lambda copy: (copy.epoch, copy.seq))
+        lost = tuple(sorted(unreadable))
+        self.apply(self.replicator.bodies_read(read, tuple(found), lost, _now_ms()))
+
+    def _note(self, note: Note) -> None:
+        level = logging.INFO if note.name in _LOUD else logging.DEBUG
+        log.log(level, "partition %d epoch %d: %s %s", note.partition, note.epoch, note.name,
+                note.detail)  # fmt: skip
+        self.metrics.notes[note.name] = self.metrics.notes.get(note.name, 0) + 1
+        self.events.publish(
+            note.name, partition=note.partition, epoch=note.epoch, detail=note.detail
+        )
+
+    # ── what hosts ask (see hosting.Surroundings) ───────────────────────────────────────────────
+
+    def cluster_ms(self) -> int:
+        """Cluster time."""
+        return self.replicator.cluster_ms(_now_ms())
+
+    def wall_ms(self) -> int:
+        """For people."""
+        return _wall_ms()
+
+    def may_serve(self, partition: int) -> bool:
+        """This node holds the partition's lease now."""
+        return self.replicator.may_serve(partition, _now_ms())
+
+    def flush_soon(self, host: Host) -> None:
+        """Propose at the end of this loop iteration, unless a batch is in flight already."""
+        if host.flying < BATCHES_IN_FLIGHT and not host.flushing:
+            host.flushing = True
+            if not self._flushing:
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._flushing.append(host)
+
+    def _flush(self) -> None:
+        hosts, self._flushing = self._flushing, []
+        for host in hosts:
+            host.flushing = False
+            self._propose(host)
+
+    def _propose(self, host: Host) -> None:
+        owner = host.owner
+        if host.ended or not owner.has_gathered:
+            return
+        now_ms = self.cluster_ms()
+        drafts, gathered = owner.gather(BATCH_BYTES)
+        if not drafts:
+            owner.proposed(gathered, 0, now_ms)
+            host.after()
+            return
+        match self.replicator.propose(host.partition, drafts, _now_ms()):
+            case Accepted(epoch, first, effects):
+                if epoch != owner.epoch:
+                    raise AssertionError("a host outlived its epoch")
+                owner.proposed(gathered, first, now_ms)
+                host.flying = owner.in_flight
+                self.apply(effects)
+            case NotOwner():
+                owner.refused(gathered, now_ms)
+                host.after()
+            case other:
+                assert_never(other)
+
+    def keep_bodies(self) -> bool:
+        """Whether bodies may still be kept in memory."""
+        resident = sum(host.owner.delivery.resident_bytes for host in self.hosts.values())
+        return resident < self.config.memory_bytes
+
+    def report_damage(self, partition: int, lost: Spans) -> None:
+        """Records are unreadable here: fetch them again."""
+        self.metrics.damaged_records += len(lost)
+        self.events.publish("storage_damaged", partition=partition, records=len(lost))
+        self.apply(self.replicator.damaged(partition, lost, _now_ms()))
+
+    def in_background(self, host: Host, entry: Entry) -> None:
+        """Bury an exhausted message."""
+        self.spawn(host.bury(entry, self.router.ask))
+
+    # ── links ───────────────────────────────────────────────────────────────────────────────────
+
+    def send(self, position: int, message: NodeMessage) -> bool:
+        """Queue a message for a peer."""
+        return self._links.send(position, message)
+
+    def on_batch(self, position: int, incarnation: int, batch: Sequence[AnyMessage]) -> None:
+        """A frame came in."""
+        for_core: list[PeerMessage] = []
+        for message in batch:
+            match message:
+                case Forward():
+                    self._serve(position, message)
+                case Forwarded(number, answer):
+                    self.router.forwards.answered(position, number, answer)
+                case ForwardEnded(number):
+                    self._unserve((position, number))
+                case _:
+                    for_core.append(message)
+        if for_core:
+            now_ms = _now_ms()
+            self.apply(self.replicator.receive_all(position, incarnation, tuple(for_core), now_ms))
+
+    def on_up(self, hello: Hello) -> None:
+        """This node's link to a peer stands."""
+        self.metrics.peers_connected += 1
+        self.ids[hello.position] = hello.node_id
+        self.addresses[hello.position] = hello.addr
+        self.events.publish("peer_up", position=hello.position, id=hello.node_id)
+        log.info("link to %s is up", hello.node_id)
+        self.apply(self.replicator.peer_connected(hello.position, _now_ms()))
+
+    def on_down(self, position: int) -> None:
+        """It broke: nobody there waits for answers any more, and what was asked is in doubt."""
+        self.metrics.peers_connected -= 1
+        self.events.publish("peer_down", position=position)
+        log.info("link to %s is down", self.ids.get(position, position))
+        self.router.forwards.peer_lost(position)
+        for key in [key for key in self._serving if key[0] == position]:
+            self._unserve(key)
+        self.apply(self.replicator.peer_disconnected(position, _now_ms()))
+        self._wake()
+
+    def _serve(self, position: int, forward: Forward) -> None:
+        key = (position, forward.number)
+        task = asyncio.create_task(self._serve_forward(key, forward))
+        self._serving[key] = task
+        task.add_done_callback(lambda _: self._serving.pop(key, None))
+
+    async def _serve_forward(self, key: tuple[int, int], forward: Forward) -> None:
+        delivered = await self.router.here(forward.operation)
+        if delivered is None:
+            self.send(key[0], Forwarded(key[1], None))
+            return
+        if delivered.leased:
+            self._served[key] = delivered
+            until_s = asyncio.get_running_loop().time() + _SERVED_FOR_S
+            self._served_until.append((until_s, key))
+        if not self.send(key[0], Forwarded(key[1], delivered.answer)):
+            self._unserve(key)
+
+    def _unserve(self, key: tuple[int, int]) -> None:
+        """The asker is gone: stop, and take back what was leased for it."""
+        task = self._serving.get(key)
+        if task is not None:
+            task.cancel()
+        delivered = self._served.pop(key, None)
+        if delivered is not None:
+            delivered.undo()
+
+    # ── time ────────────────────────────────────────────────────────────────────────────────────
+
+    async def _tick_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        core_due_ms = 0
+        while True:
+            now_ms = _now_ms()
+            if now_ms >= core_due_ms:
+                core_due_ms = now_ms + CORE_TICK_MS
+                self.apply(self.replicator.tick(now_ms))
+                self._pass_leases_on(now_ms)
+            loop_s = loop.time()
+            for host in list(self.hosts.values()):
+                host.tick(loop_s)
+            while self._served_until and self._served_until[0][0] <= loop_s:
+                self._served.pop(self._served_until.popleft()[1], None)
+            await asyncio.sleep(TICK_S)
+
+    def _pass_leases_on(self, now_ms: int) -> None:
+        for partition, host in self.hosts.items():
+            if self._leases_due.get(partition, 0) > now_ms:
+                continue
+            leases = host.owner.leases()
+            if leases is not None:
+                # Many leases are told less often: about 1 MB/s a partition at most.
+                self._leases_due[partition] = now_ms + LEASES_MS + len(leases) // 1000
+                self.apply(self.replicator.soft(partition, leases))
+
+    # ── the process ─────────────────────────────────────────────────────────────────────────────
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run in the background; a failure halts the node rather than going unseen."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log.error("a background task failed", exc_info=failure)
+            self._halt(f"a background task failed: {failure}")
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def _halt(self, reason: str) -> None:
+        if not self.halted.done():
+            log.critical("halting: %s", reason)
+            self.halted.set_result(reason)
+
+    def _trouble(self, trouble: Trouble | None) -> None:
+        if trouble is None:
+            log.warning("the disk takes messages again")
+        else:
+            log.error("%s: new messages are refused, acks are still taken", trouble.value)
+        self.events.publish("disk", trouble=trouble.value if trouble else None)
+
+
+_LOUD = frozenset({"damaged", "implausible", "sealed_drop"})
+
+
+def _now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,307 @@
+"""From any node to the owner: the api's `Service`. Does it here, forwards it in one hop, or waits
+for an owner; never longer than two seconds beyond what the client asked to wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from message_queue.api.keys import WrongNode
+from message_queue.core.ids import parse_id
+from message_queue.core.operations import (
+    Answer,
+    Configure,
+    Consume,
+    Extend,
+    ListQueues,
+    Nack,
+    Operation,
+    Produce,
+    Settle,
+    Show,
+    certain_refusal,
+    refusal,
+    results_decoder,
+    unknown_outcome,
+)
+from message_queue.core.placement.ring import PARTITIONS, partition_of
+from message_queue.hosting import Delivered
+from message_queue.transport.forwards import Asked, Forwards, NotSent, OutcomeUnknown
+
+if TYPE_CHECKING:
+    from message_queue.node import Node
+
+NO_OWNER_S = 1.7
+"""How long an operation waits for an owner before 503."""
+FORWARD_S = 1.85
+"""How long an answer may take, beyond what the client asked to wait."""
+_LOOK_AGAIN_S = 0.05
+MAX_CHAIN = 16
+_partition_of = lru_cache(maxsize=65536)(partition_of)
+
+
+class Router:
+    """One per node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.forwards = Forwards(node.send)
+
+    # ── one operation ───────────────────────────────────────────────────────────────────────────
+
+    async def ask(self, operation: Operation, forward: bool = True) -> Answer:
+        """See `api.keys.Service`."""
+        return (await self._route(operation, forward)).answer
+
+    async def consume(self, operation: Consume, forward: bool = True) -> Delivered:
+        """See `api.keys.Service`."""
+        return await self._route(operation, forward)
+
+    async def _route(self, op: Operation, forward: bool) -> Delivered:
+        node = self._node
+        loop = asyncio.get_running_loop()
+        partition = target_of(op)
+        if partition is None or partition >= PARTITIONS:
+            return Delivered(refusal(404, "Message not found"))
+        wait_s = op.wait_ms / 1000 if isinstance(op, Consume) else 0.0
+        began_s = loop.time()
+        give_up_s = began_s + NO_OWNER_S
+        while True:
+            delivered = await self.here(op)
+            if delivered is not None:
+                return delivered
+            position = node.replicator.owner(partition)
+            if position is not None and position != node.config.position:
+                if not forward:
+                    raise WrongNode(node.addresses[position])
+                answer = await self._forward(position, op, wait_s + FORWARD_S)
+                if answer is not None:
+                    return answer
+            if node.stopping:
+                return Delivered(certain_refusal("Node is stopping"))
+            now_s = loop.time()
+            if now_s >= give_up_s:
+                if not forward:
+                    raise WrongNode(None)
+                return Delivered(certain_refusal("No quorum"))
+            await self._owner_changed(min(_LOOK_AGAIN_S, give_up_s - now_s))
+            if isinstance(op, Consume) and op.wait_ms:
+                # A long poll that lost its owner goes on with what is left of its time, and has
+                # the usual patience for a new owner.
+                left_s = max(0.0, wait_s - (loop.time() - began_s))
+                op = msgspec.structs.replace(op, wait_ms=int(left_s * 1000))
+
+    async def here(self, op: Operation) -> Delivered | None:
+        """Do it if this node is the owner; None (and nothing done) if not."""
+        node = self._node
+        if isinstance(op, ListQueues):
+            return Delivered(Answer(200, msgspec.json.encode(self._queues_here())))
+        partition = target_of(op)
+        host = node.hosts.get(partition) if partition is not None else None
+        if host is None or node.stopping or not node.may_serve(host.partition):
+            return None
+        if isinstance(op, Consume):
+            return await host.consume(op)
+        answer = await host.perform(op)
+        return Delivered(answer) if answer is not None else None
+
+    async def _forward(self, position: int, op: Operation, timeout_s: float) -> Delivered | None:
+        self._node.metrics.forwarded += 1
+        try:
+            asked: Asked = await self.forwards.ask(position, op, timeout_s)
+        except NotSent:
+            return None
+        except OutcomeUnknown:
+            return Delivered(unknown_outcome("No answer from the owner"))
+        if asked.answer is None:
+            return None
+        leased = isinstance(op, Consume) and asked.answer.status == 200
+        return Delivered(asked.answer, asked.undo if leased else None)
+
+    async def _owner_changed(self, timeout_s: float) -> None:
+        changed = self._node.changed
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            return
+
+    # ── operations on several partitions ────────────────────────────────────────────────────────
+
+    async def ack(
+        self, ids: Sequence[str], receipt: str | None, forward: bool = True
+    ) -> list[int] | Answer:
+        """See `api.keys.Service`."""
+        statuses = [404] * len(ids)
+        by_partition: dict[int, list[tuple[int, int]]] = {}
+        for index, text in enumerate(ids):
+            name = parse_id(text)
+            if name is not None and name.partition < PARTITIONS:
+                by_partition.setdefault(name.partition, []).append((index, name.dot))
+        asked = [
+            self.ask(
+                Settle(
+                    partition,
+                    tuple(dot for _, dot in items),
+                    tuple(receipt for _ in items),
+                ),
+                forward,
+            )
+            for partition, items in by_partition.items()
+        ]
+        answers = [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked)
+        for answer, items in zip(answers, by_partition.values(), strict=True):
+            if answer.status != 200:
+                return answer
+            results = results_decoder.decode(answer.body)
+            for (index, _), status in zip(items, results.statuses, strict=True):
+                statuses[index] = status
+        self._node.metrics.acked += statuses.count(200)
+        return statuses
+
+    async def configure(self, queue: str, changes: bytes, forward: bool = True) -> Answer:
+        """See `api.keys.Service`."""
+        wanted = msgspec.json.decode(changes, type=dict[str, Any])
+        target = wanted.get("dead_letter")
+        path = [queue]
+        while target is not None:
+            if target in path or len(path) > MAX_CHAIN:
+                return refusal(400, "Dead letter cycle", field="dead_letter", path=[*path, target])
+            path.append(target)
+            shown = await self.ask(Show(target))
+            if shown.status not in (200, 404):
+                return shown
+            settings = msgspec.json.decode(shown.body, type=dict[str, Any])["settings"]
+            target = settings["dead_letter"]
+        return await self.ask(Configure(queue, changes), forward)
+
+    async def show(self, queue: str) -> Answer:
+        """See `api.keys.Service`."""
+        shown = await self.ask(Show(queue))
+        if shown.status != 200:
+            return shown
+        figures = msgspec.json.decode(shown.body, type=dict[str, Any])
+        dead = figures["settings"]["dead_letter"]
+        letters = await self.ask(Show(dead)) if dead is not None else None
+        if letters is not None and letters.status not in (200, 404):
+            return letters
+        held = msgspec.json.decode(letters.body, type=dict[str, Any]) if letters else {}
+        figures["dead"] = _held(held)
+        figures |= self._where(figures["partition"])
+        return Answer(200, msgspec.json.encode(figures))
+
+    async def queues(self) -> dict[str, object]:
+        """See `api.keys.Service`."""
+        node = self._node
+        others = [p for p in range(len(node.config.peers)) if p != node.config.position]
+        answers = await asyncio.gather(*(self._queues_of(position) for position in others))
+        found = {str(q["queue"]): q for q in msgspec.json.decode(
+            msgspec.json.encode(self._queues_here()), type=list[dict[str, Any]])}  # fmt: skip
+        for queues in answers:
+            found |= {str(q["queue"]): q for q in queues or ()}
+        for figures in found.values():
+            figures["dead"] = _held(found.get(figures["settings"]["dead_letter"], {}))
+            figures |= self._where(figures["partition"])
+        absent = [p for p in range(PARTITIONS) if node.replicator.owner(p) is None]
+        complete = not absent and None not in answers
+        return {"queues": [found[name] for name in sorted(found)], "complete": complete}
+
+    async def _queues_of(self, position: int) -> list[dict[str, Any]] | None:
+        try:
+            asked = await self.forwards.ask(position, ListQueues(), FORWARD_S)
+        except (NotSent, OutcomeUnknown):
+            return None
+        if asked.answer is None or asked.answer.status != 200:
+            return None
+        return msgspec.json.decode(asked.answer.body, type=list[dict[str, Any]])
+
+    def _queues_here(self) -> list[dict[str, object]]:
+        return [
+            host.figures(name)
+            for host in self._node.hosts.values()
+            for name in host.owner.delivery.queue_names()
+        ]
+
+    # ── about the node ──────────────────────────────────────────────────────────────────────────
+
+    def _where(self, partition: int) -> dict[str, object]:
+        node = self._node
+        position = node.replicator.owner(partition)
+        return {
+            "owner": node.addresses[position] if position is not None else None,
+            "replicas": [node.addresses[p] for p in node.ring.preference[partition]],
+            "epoch": node.replicator.epoch(partition),
+        }
+
+    def ring(self, queue: str | None) -> dict[str, object]:
+        """See `api.keys.Service`."""
+        node = self._node
+        one = [_partition_of(queue)] if queue is not None else range(PARTITIONS)
+        found: dict[str, object] = {
+            "version": node.ring.version,
+            "virtual_nodes": node.ring.virtual_nodes,
+            "replication_factor": node.config.replication_factor,
+            "nodes": [
+                {
+                    "position": position,
+                    "id": node.ids.get(position),
+                    "addr": addr,
+                    "owned": sum(node.replicator.owner(p) == position for p in range(PARTITIONS)),
+                }
+                for position, addr in sorted(node.addresses.items())
+            ],
+            "partitions": [{"partition": p, **self._where(p)} for p in one],
+        }
+        if queue is not None:
+            found["queue"] = queue
+        return found
+
+    def status(self) -> dict[str, object]:
+        """See `api.keys.Service`."""
+        node = self._node
+        return {
+            "id": node.config.node_id,
+            "addr": str(node.config.addr),
+            "position": node.config.position,
+            "ready": self.not_ready_because() is None,
+            "incarnation": node.incarnation,
+            "cluster_ms": node.cluster_ms(),
+            "owned_partitions": len(node.hosts),
+            "peers_connected": node.metrics.peers_connected,
+            "messages": sum(len(h.owner.delivery.entries) for h in node.hosts.values()),
+            "disk": node.store.trouble.value if node.store.trouble else "ok",
+            "storage": node.store.figures(),
+        }
+
+    def not_ready_because(self) -> str | None:
+        """See `api.keys.Service`."""
+        node = self._node
+        if node.stopping:
+            return "stopping"
+        absent = sum(
+            node.replicator.owner(p) is None
+            or (node.owns(p) and (p not in node.hosts or not node.may_serve(p)))
+            for p in range(PARTITIONS)
+        )
+        return f"{absent} of {PARTITIONS} partitions have no owner" if absent else None
+
+
+def target_of(op: Operation) -> int | None:
+    """The partition that an operation belongs to."""
+    match op:
+        case Settle(partition) | Nack(partition) | Extend(partition):
+            return partition
+        case ListQueues():
+            return None
+        case Produce(queue) | Consume(queue):
+            return _partition_of(queue)
+        case _:
+            return _partition_of(op.queue)
+
+
+def _held(figures: dict[str, Any]) -> int:
+    return sum(int(figures.get(key, 0)) for key in ("ready", "in_flight", "delayed"))

@@ -1,0 +1,173 @@
+"""Run one node: bind, start, serve until SIGTERM or Ctrl-C, stop within five seconds, exit code 0.
+
+Exit code 2 and one line on stderr for everything that is wrong before the node serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from aiohttp import web
+
+from message_queue import config as configuration
+from message_queue import logs
+from message_queue.api import app as application
+from message_queue.api import connection
+from message_queue.api.events import EventHub
+from message_queue.config import Address, Config, ConfigError
+from message_queue.metrics import Metrics
+from message_queue.node import AnyMessage, Node
+from message_queue.storage.data_dir import DataDir, Identity
+from message_queue.transport import tls
+from message_queue.transport.links import LINK_PATH, Hello, Links
+
+log = logging.getLogger(__name__)
+
+STOP_WITHIN_S = 4.5
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 0 stopped when asked, 1 halted by a fault, 2 could not start."""
+    try:
+        config = configuration.parse(argv)
+        logs.configure(config.node_id, config.log_format, config.log_level)
+        return run(config)
+    except ConfigError as e:
+        print(f"main.py: error: {logs.one_line(str(e))}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+def run(config: Config) -> int:
+    # Socket first, directory last: a taken port or a foreign directory leaves no trace.
+    listening = bind(config.addr, "--addr")
+    with listening:
+        data_dir = DataDir.open(config.data_dir, identity(config))
+        try:
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                return runner.run(serve(config, listening, data_dir))
+        finally:
+            data_dir.close()
+
+
+async def serve(config: Config, listening: socket.socket, data_dir: DataDir) -> int:
+    metrics, events = Metrics(), EventHub()
+    try:
+        node = await Node.open(config, metrics, events, data_dir)
+    except OSError as e:
+        raise ConfigError(f"{config.data_dir}: {e.strerror or e}") from e
+    links: Links[AnyMessage] = Links(
+        Hello(
+            position=config.position, node_id=config.node_id, addr=str(config.addr),
+            cluster=cluster_fingerprint(config), incarnation=node.incarnation,
+        ),
+        peer_urls(config),
+        message_type=AnyMessage, on_batch=node.on_batch, on_up=node.on_up, on_down=node.on_down,
+        secret=config.cluster_secret,
+        client_ssl=tls.client_context(config.tls) if config.tls else None, metrics=metrics,
+    )  # fmt: skip
+    node.attach(links)
+    peer_routes = [web.get(LINK_PATH, links.accept)]
+    app = application.build(node.router, config, metrics, events, peer_routes)
+    # handler_cancellation: a handler whose client hung up is cancelled.
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
+    )
+    await runner.setup()
+    ssl_context = tls.server_context(config.tls) if config.tls else None
+    stop = asyncio.ensure_future(stop_requested().wait())
+    try:
+        listener = await asyncio.get_running_loop().create_server(
+            connection.factory(runner), sock=listening, ssl=ssl_context, backlog=1024
+        )
+        node.start()
+        await links.start()
+        log.info("listening on %s://%s", config.scheme, config.addr)
+        await asyncio.wait((stop, node.halted), return_when=asyncio.FIRST_COMPLETED)
+        log.info("stopping")
+        listener.close()
+        async with asyncio.timeout(STOP_WITHIN_S):
+            await node.stop()
+            await links.stop()
+            await runner.cleanup()
+    except TimeoutError:
+        log.warning("stopped without waiting any longer for open requests")
+    stop.cancel()
+    log.info("stopped")
+    return 1 if node.halted.done() else 0
+
+
+def stop_requested() -> asyncio.Event:
+    """An event that SIGTERM or SIGINT (Ctrl-C, also on Windows) sets."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, event.set)
+        except (
+            NotImplementedError
+        ):  # Windows: the handler runs between bytecodes of the main thread
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(event.set))
+    return event
+
+
+def bind(addr: Address, flag: str) -> socket.socket:
+    """A listening socket on `addr`; raises ConfigError naming `flag` if it cannot be had."""
+    try:
+        family, kind, proto, _, where = socket.getaddrinfo(
+            addr.host, addr.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, proto)
+    except OSError as e:
+        raise ConfigError(f"{flag}: cannot use {addr}: {e.strerror or e}") from e
+    try:
+        if sys.platform == "win32":
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+        listening.listen(1024)  # now, so that a second node on this port fails here and not later
+        listening.setblocking(False)
+    except OSError as e:
+        listening.close()
+        taken = e.errno == errno.EADDRINUSE
+        raise ConfigError(
+            f"{flag}: {addr} is already in use"
+            if taken
+            else f"{flag}: cannot bind {addr}: {e.strerror}"
+        ) from e
+    return listening
+
+
+def peer_urls(config: Config) -> dict[int, str]:
+    """Where to dial the others, by position."""
+    members = enumerate(config.peers)
+    return {i: f"{config.scheme}://{peer}" for i, peer in members if i != config.position}
+
+
+def cluster_fingerprint(config: Config) -> str:
+    """Names the cluster by what places its data: nodes with other numbers would place it elsewhere.
+
+    Addresses are not in it: they are only for dialling, and may differ from node to node.
+    """
+    facts = f"{len(config.peers)} {config.replication_factor} {config.virtual_nodes}"
+    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+
+
+def identity(config: Config) -> Identity:
+    return Identity("queue", config.node_id, config.position, cluster_fingerprint(config))
+
+
+def loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed (not on Windows), else asyncio's own."""
+    try:
+        return import_module("uvloop").Loop  # type: ignore[no-any-return]
+    except ImportError:
+        return None
