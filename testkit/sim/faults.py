@@ -24,6 +24,7 @@ KINDS: Final = (
     "wipe",
     "sync_failure",
     "wall_jump",
+    "corrupt",
 )
 
 
@@ -32,7 +33,8 @@ class Faults:
     """Weights of the kinds (0: never) and how long each lasts.
 
     `drift_ppm` makes every node's monotonic clock run wrong by up to that, from an arbitrary start.
-    `max_down` None: a minority. `max_wipes` bounds lost disks per run.
+    `max_down` None: a minority. `max_wipes` bounds lost disks per run; `corrupt` kills a node and
+    damages one record of one of its logs (bit rot), `max_corruptions` times a run.
     """
 
     crash: int = 0
@@ -45,6 +47,7 @@ class Faults:
     wipe: int = 0
     sync_failure: int = 0
     wall_jump: int = 0
+    corrupt: int = 0
     drift_ppm: int = 0
     every_ms: tuple[float, float] = (100, 1500)
     down_ms: tuple[float, float] = (20, 1500)
@@ -52,6 +55,7 @@ class Faults:
     cut_ms: tuple[float, float] = (20, 2000)
     max_down: int | None = None
     max_wipes: int = 1
+    max_corruptions: int = 1
 
     def weights(self) -> list[int]:
         """In the order of KINDS."""
@@ -71,6 +75,7 @@ class FaultPlan:
         self._weights = faults.weights()
         self._running = True
         self._wipes = 0
+        self._corruptions = 0
         minority = (len(world.names) - 1) // 2
         self._max_down = minority if faults.max_down is None else faults.max_down
 
@@ -140,6 +145,23 @@ class FaultPlan:
         self._wipes += 1
         self._world.wipe(victim)
         self._later(self._faults.down_ms, self._world.start, victim)
+        return True
+
+    def _corrupt(self) -> bool:
+        victim = self._victim()
+        if victim is None or self._corruptions >= self._faults.max_corruptions:
+            return False
+        world, disk = self._world, self._world.disks[victim]
+        world.crash(victim)
+        self._later(self._faults.down_ms, world.start, victim)
+        logs = [name for name in disk.logs() if disk.log(name)]
+        if not logs:
+            return False
+        self._corruptions += 1
+        log = self._rng.choice(logs)
+        index = self._rng.randrange(len(disk.log(log)))
+        world.trace.add(world.clock.now_us, "CORRUPT", victim, log, index)
+        disk.corrupt(index, log)
         return True
 
     def _power_cut(self) -> bool:

@@ -354,6 +354,29 @@ def test_a_livelock_is_an_error_and_so_is_an_exception_in_a_node() -> None:
         run(scripted(explode), 1)
 
 
+def test_rotten_records_are_found_by_the_next_start() -> None:
+    rotten = []
+
+    class Logging(ToyHarness):
+        def __init__(self, world: World[ToyNode]) -> None:
+            super().__init__(world, honest=True)
+
+        def begin(self) -> None:
+            for disk in self.world.disks.values():
+                disk.append("record")
+                disk.flush()
+
+        def finish(self) -> None:
+            logs = [disk.log() for disk in self.world.disks.values()]
+            rotten.append(sum(Damaged("corrupt") in log for log in logs))
+
+    faults = Faults(corrupt=1, max_corruptions=1, every_ms=(10, 50), down_ms=(5, 20))
+    scenario = Scenario("rot", ("a", "b", "c"), Logging, duration_ms=300, faults=faults)
+    for seed in range(5):
+        run(scenario, seed).coverage.require("fault_corrupt")
+    assert rotten == [1] * 5
+
+
 def test_no_faults_means_no_faults() -> None:
     coverage = run(Scenario("calm", HONEST.nodes, HONEST.harness, faults=Faults()), 5).coverage
     assert not [name for name in coverage if name.startswith("fault_")]
