@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import functools
 import os
+import shutil
 import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +23,20 @@ DEADLINE_S: Final = 30.0
 POLL_S: Final = 0.02
 
 _alive: set[subprocess.Popen[bytes]] = set()
+
+
+@functools.cache
+def _leash() -> tuple[str, ...]:
+    """What to put before a command so that the kernel kills it when this process dies (Linux).
+
+    atexit does not run when a test runner is killed or times out, and a node left behind holds its
+    port and the machine. setpriv only sets a flag and execs: same pid, same program.
+    """
+    leash = ("setpriv", "--pdeathsig", "KILL")
+    if sys.platform != "linux" or shutil.which("setpriv") is None:
+        return ()
+    works = subprocess.run([*leash, "true"], capture_output=True, check=False).returncode == 0
+    return leash if works else ()
 
 
 @atexit.register
@@ -61,10 +78,12 @@ class NodeProcess:
         """Start the process; does not wait for it to be ready."""
         assert not self.running, f"{self.name} runs already"
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        # The kernel means the starting *thread*; only the main one lives as long as the process.
+        leash = _leash() if threading.current_thread() is threading.main_thread() else ()
         with self.log.open("ab") as sink:
             self._log_start = sink.tell()
             self._child = subprocess.Popen(
-                self.argv,
+                [*leash, *self.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

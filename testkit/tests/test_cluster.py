@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from testkit.cluster import (
     free_port,
     limit_file_size,
 )
+from testkit.cluster.process import _leash
 
 pytestmark = pytest.mark.cluster
 NODE = Path(__file__).with_name("echo_node.py")
@@ -252,3 +254,32 @@ async def test_a_node_can_be_made_to_run_out_of_room_and_get_it_back(tmp_path: P
         limit_file_size(cluster.nodes[0].pid, None)
         (cluster.views[0].data_dir / "counter").write_text("7")
         assert await status() == 200
+
+
+@pytest.mark.skipif(not _leash(), reason="needs Linux's setpriv")
+def test_nodes_die_with_a_test_runner_that_is_killed(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, str(NODE), "--addr", address, "--data_dir", str(tmp_path / "d")]
+    program = (
+        "import pathlib, sys, time; from testkit.cluster import NodeProcess;"
+        f"node = NodeProcess('n', {command!r}, log=pathlib.Path({str(tmp_path / 'log')!r}));"
+        "node.start(); print(node.pid, flush=True); time.sleep(60)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    runner = subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE)
+    assert runner.stdout is not None
+    pid = int(runner.stdout.readline())
+    runner.kill()
+    runner.wait()
+    runner.stdout.close()
+    deadline = time.monotonic() + 20
+    while _exists(pid):
+        assert time.monotonic() < deadline, f"node {pid} outlived the process that started it"
+        time.sleep(0.02)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
