@@ -95,7 +95,7 @@ class Copy(Struct, frozen=True, array_like=True):
 
 
 class Setting(Struct, frozen=True, array_like=True):
-    """A setting in force, with the dot that set it."""
+    """A setting and the dot that set it. An empty value: removed under the present epoch."""
 
     epoch: Count
     seq: Count

@@ -20,6 +20,7 @@ from message_queue.core.messages import (
     Frame,
     LogRecord,
     Put,
+    WithdrawRecord,
     frame_decoder,
 )
 from message_queue.core.replication.contract import (
@@ -90,18 +91,26 @@ class SimNode:
         log = disk.log("log")
         states: dict[int, PartitionState] = {}
         clock_ms = 0
+        damaged = 0
         for at, record in enumerate(log):
             if isinstance(record, Damaged):
-                # A torn tail: nothing that was told to anybody.
-                assert at == len(log) - 1, "damage in the middle of the log"
-                disk.truncate(at, "log")
-                break
+                if at == len(log) - 1:
+                    disk.truncate(at, "log")  # a torn tail: nothing that was told to anybody
+                    self.host.cover("torn_tails")
+                else:
+                    damaged += 1
+                continue
             if isinstance(record, ClockRecord):
                 clock_ms = max(clock_ms, record.cluster_ms)
                 continue
             state = states.setdefault(record.partition, PartitionState(record.partition))
             self.keep_bodies(record)
-            self.forget(record.partition, state.apply(record))
+            state.apply(record)
+        if damaged:
+            self.withdraw(states, damaged)
+        for key in list(self.bodies):
+            if key[0] not in states or not states[key[0]].has_body(key[1], key[2]):
+                del self.bodies[key]
         harness = self.harness
         harness.shadows[self.host.name] = {
             p: twin(states.get(p) or PartitionState(p)) for p in range(harness.partitions)
@@ -123,6 +132,20 @@ class SimNode:
             self.host.now_ms(),
         )
         self.host.set_timer("tick", TICK_MS)
+
+    def withdraw(self, states: dict[int, PartitionState], damaged: int) -> None:
+        """As storage does: what can't be read is no longer known, and whose it was is unknown."""
+        self.host.cover("damaged_records", damaged)
+        for partition in range(self.harness.partitions):
+            state = states.setdefault(partition, PartitionState(partition))
+            lost = tuple(
+                (epoch, seq, seq)
+                for epoch, seq in state.bodies().dots()
+                if (partition, epoch, seq) not in self.bodies
+            )
+            record = WithdrawRecord(partition, lost)
+            self.host.disk.append(record, "log")
+            state.apply(record)
 
     # -- the order of things -----------------------------------------------------------------------
 
@@ -295,6 +318,9 @@ class SimNode:
         messages = []
         for dot, due_ms in self.ready[partition].items():
             if due_ms <= now_ms and len(messages) < most:
+                if (partition, *dot) in self.harness.delivered:
+                    self.host.cover("redelivered")
+                self.harness.delivered.add((partition, *dot))
                 self.ready[partition][dot] = now_ms + VISIBILITY_MS
                 body = self.bodies[partition, dot[0], dot[1]][1].decode()
                 messages.append({"id": f"{partition}-{dot[0]}-{dot[1]}", "body": body})
@@ -334,6 +360,7 @@ class QueueHarness(Harness[SimNode]):
             name: {p: PartitionState(p) for p in range(self.partitions)} for name in world.names
         }
         self.ledger = Ledger(copies // 2 + 1)
+        self.delivered: set[tuple[int, int, int]] = set()
         self.stopped = False
 
     def build(self, host: Host) -> SimNode:
@@ -535,6 +562,37 @@ WIPES = Scenario(
     faults=Faults(
         crash=2, pause=1, isolate=1, wipe=3, power_cut=1, stop=1, max_wipes=1, every_ms=(100, 1_000)
     ),
+    links=(PERFECT, LinkSettings(), ROUGH),
+    wire=wire,
+)
+
+
+class Rotting(Founded):
+    """Records of one node's log rot while it is down."""
+
+    def begin(self) -> None:
+        super().begin()
+        victim = self.world.rng.choice(self.world.names)
+        for at_ms in (1_200.0, 2_600.0):
+            self.world.clock.call_later(at_ms + self.world.rng.uniform(0, 600), self.rot, victim)
+
+    def rot(self, victim: str) -> None:
+        self.world.crash(victim)
+        disk = self.world.disks[victim]
+        for _ in range(self.world.rng.randint(1, 4)):
+            records = len(disk.log("log"))
+            if records > 1:
+                disk.corrupt(self.world.rng.randrange(records - 1), "log")
+        self.world.start(victim)
+
+
+DAMAGE = Scenario(
+    "damage",
+    nodes=("n1", "n2", "n3"),
+    harness=Rotting,
+    duration_ms=4_000,
+    settle_ms=5_000,
+    faults=Faults(crash=2, pause=1, isolate=1, one_way=1, power_cut=1, stop=1),
     links=(PERFECT, LinkSettings(), ROUGH),
     wire=wire,
 )

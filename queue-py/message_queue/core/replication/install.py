@@ -8,7 +8,15 @@ this very epoch, given in this life, it needs no attestation: its promise is on 
 
 from __future__ import annotations
 
-from message_queue.core.messages import Attest, Inquire, Seal, SealRecord, Standing, owner_of
+from message_queue.core.messages import (
+    Attest,
+    Inquire,
+    Seal,
+    SealRecord,
+    Spans,
+    Standing,
+    owner_of,
+)
 from message_queue.core.replication.desk import Desk
 from message_queue.core.replication.dots import DotSet
 from message_queue.core.replication.fetch import Fetch
@@ -102,7 +110,19 @@ class Install:
         seal = self._seal
         if self._state.standing is not Standing.MEMBER:
             self._desk.note("copied", self._state.partition, seal.epoch)
+        void = self._void()
+        if void:
+            self._desk.note("void_dropped", self._state.partition, seal.epoch, f"{void}")
         self._desk.persist(
             SealRecord(self._state.partition, seal.epoch, seal.ring, seal.view), self._state
         )
         return True
+
+    def _void(self) -> Spans:
+        """Puts of closed epochs that this node holds and the sealed union does not know: their
+        producers were refused or left in doubt, and may have retried since."""
+        if self._seal.epoch == self._state.sealed:
+            return ()
+        known = Intervals(self._seal.view.context)
+        mine = self._state.held.minus(DotSet(self._seal.view.held))
+        return tuple(span for span in mine.spans() if known.within(span) != (span,))

@@ -68,13 +68,16 @@ class RecordSet:
                 self.context.add(epoch, seq, seq)
                 old = self.settings.get(key)
                 if old is None or (old.epoch, old.seq) < (epoch, seq):
-                    if value:
-                        self.settings[key] = Setting(epoch, seq, key, value)
-                    else:
-                        self.settings.pop(key, None)
+                    # An empty value stays until the next takeover, so that an earlier setting that
+                    # comes later does not bring the key back.
+                    self.settings[key] = Setting(epoch, seq, key, value)
                 return ()
             case _:
                 assert_never(entry)
+
+    def tidy(self) -> None:
+        """Forgets removed settings: all replicas are about to start from this very state."""
+        self.settings = {key: setting for key, setting in self.settings.items() if setting.value}
 
     def withdraw(self, lost: Spans) -> None:
         """These records can't be read: they are neither known nor acked any more."""
@@ -98,11 +101,6 @@ def merged(parts: Sequence[RecordSet]) -> RecordSet:
                 out.held.remove_range(*acked)
     for part in parts:
         for key, setting in part.settings.items():
-            if any(
-                key not in other.settings and other.context.has(setting.epoch, setting.seq)
-                for other in parts
-            ):
-                continue  # removed since
             old = out.settings.get(key)
             if old is None or (old.epoch, old.seq) < (setting.epoch, setting.seq):
                 out.settings[key] = setting

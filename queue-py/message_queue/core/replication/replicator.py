@@ -410,7 +410,7 @@ class Replicator:
         seat.seen = max(seat.seen, message.promised)
         takeover, tenure = seat.takeover, seat.tenure
         if takeover is not None and takeover.epoch == message.epoch:
-            takeover.refused(message.promised)
+            takeover.refused(sender, message.promised)
             self._proceed(seat, now_ms)
         elif tenure is not None and tenure.epoch == message.epoch:
             if message.promised > message.epoch:

@@ -58,6 +58,7 @@ class Takeover:
         "_moved_ms",
         "_partition",
         "_promises",
+        "_refusals",
         "_state",
         "_total",
         "claimed_ms",
@@ -82,6 +83,7 @@ class Takeover:
         self.records = RecordSet()
         self._answers: dict[int, CanvassAnswer] = {}
         self._promises: dict[int, tuple[Standing, View]] = {}
+        self._refusals: set[int] = set()
         self._total = False
         self._genesis = False
         self._fetch: Fetch | None = None
@@ -167,9 +169,17 @@ class Takeover:
             self._fetch.add_source(peer, DotSet(message.view.held))
             self._fetch.ask(now_ms)
 
-    def refused(self, promised: int) -> None:
+    def refused(self, peer: int, promised: int) -> None:
+        """A higher promise ends the attempt; a live lease, or a replica that doesn't count, only
+        when too few are left."""
         self.seen = max(self.seen, promised)
-        if self.phase in (Phase.CLAIM, Phase.FETCH):
+        self._refusals.add(peer)
+        config = self._desk.config
+        replicas = len(config.replicas(self._partition))
+        spare = replicas - config.majority(self._partition)
+        if self._total and not self._genesis:
+            spare = 0
+        if promised > self.epoch or (self.phase is Phase.CLAIM and len(self._refusals) > spare):
             self.phase = Phase.FAILED
 
     def _count(self, now_ms: int) -> None:
@@ -207,6 +217,7 @@ class Takeover:
         self.origin = origins.pop() if origins else desk.chance.word() % 2**53 or 1
         latest = max(view.sealed for view in views)
         self.records = merged([RecordSet.of(view) for view in views if view.sealed == latest])
+        self.records.tidy()
         self.phase = Phase.FETCH
         self._moved_ms = now_ms
         fetch = Fetch(

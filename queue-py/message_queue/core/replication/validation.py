@@ -51,7 +51,7 @@ def plausible_view(view: View, below: int) -> bool:
             cover = next(covers, None)
         if cover is None or cover[0] != epoch or cover[1] > first or cover[2] < last:
             return False
-    return all(s.epoch <= below and s.value for s in view.settings)
+    return all(setting.epoch <= below for setting in view.settings)
 
 
 def _plausible_append(message: Append) -> bool:

@@ -1,0 +1,63 @@
+"""Whole clusters of replication cores under faults (``harness.py``). ``SIM_SEEDS``: how many."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from testkit.sim import many, run, seeds
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import CALM, DAMAGE, FAULTS, FIVE, WIPES
+
+pytestmark = pytest.mark.sim
+
+
+def test_a_calm_cluster_elects_one_owner_each_and_loses_nothing() -> None:
+    coverage = many(CALM, seeds(4))
+    coverage.require("acked", 100)
+    assert coverage["in_doubt"] == coverage["clean_in_doubt"] == 0
+
+
+def test_crashes_pauses_and_cuts_lose_nothing_and_bring_nothing_back() -> None:
+    coverage = many(FAULTS, seeds(60))
+    for name, times in {
+        "owner_elected": 150,
+        "owner_lost": 20,
+        "fault_crash": 20,
+        "fault_pause": 10,
+        "fault_one_way": 10,
+        "fault_power_cut": 5,
+        "failed_syncs": 2,
+        "ack_unknown": 10,
+        "produce_unknown": 10,
+        "void_dropped": 1,
+        "copies_read": 20,
+        "redelivered": 50,
+        "yielded": 5,
+    }.items():
+        coverage.require(name, times * len(seeds(60)) // 120)
+
+
+def test_a_lost_disk_counts_again_only_after_copying() -> None:
+    coverage = many(WIPES, seeds(40))
+    coverage.require("fault_wipe", len(seeds(40)) // 4)
+    coverage.require("disk_lost", 1)
+    coverage.require("fault_stop", 1)
+
+
+def test_five_replicas_survive_two_that_are_away() -> None:
+    many(FIVE, seeds(16)).require("owner_elected", 16)
+
+
+def test_damaged_records_are_withdrawn_and_fetched_again() -> None:
+    coverage = many(DAMAGE, seeds(24))
+    coverage.require("damaged_records", 5)
+    coverage.require("copied", 5)
+
+
+def test_a_seed_replays_to_the_same_end() -> None:
+    first = run(FAULTS, 3, fingerprint=True)
+    assert run(FAULTS, 3, fingerprint=True).fingerprint == first.fingerprint
