@@ -77,6 +77,10 @@ class DiskImage:
             hard_state=self.hard_state, snapshot=self.snapshot, entries=tuple(self.entries)
         )
 
+    @property
+    def last_index(self) -> int:
+        return self.entries[-1].index if self.entries else self.snapshot.index
+
     def holds(self, index: int, term: int) -> bool:
         """Whether the entry (index, term) survives a power cut here, as itself or in the
         snapshot."""
@@ -221,10 +225,12 @@ class RaftChecker:
                     vote = HardState(message.term, node)
                     _demand(disk.hard_state == vote, "a candidacy left before it was durable")
                 case AppendReply(success=True) if message.match_index and message.term == core.term:
+                    # Without a term it is compacted here, hence committed: there is no other one.
                     term = core.entry_term(message.match_index)
                     _demand(
-                        message.match_index <= disk.snapshot.index
-                        or (term is not None and disk.holds(message.match_index, term)),
+                        message.match_index <= disk.last_index
+                        if term is None
+                        else disk.holds(message.match_index, term),
                         "entries were acknowledged before they were durable",
                     )
                 case _:

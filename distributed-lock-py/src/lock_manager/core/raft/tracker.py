@@ -100,6 +100,7 @@ class Progress:
             self.inflight_bytes -= self.inflight.popleft()[1]
         if self.state is PeerState.SNAPSHOT and self.snapshot is not None:
             if match_index < self.snapshot.index:
+                self.next_index = max(self.next_index, self.match_index + 1)
                 return news
             self.snapshot = None
         if self.state is not PeerState.REPLICATE:
