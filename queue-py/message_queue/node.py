@@ -109,6 +109,7 @@ class Node:
                 nodes=len(config.peers),
                 incarnation=node.incarnation,
                 preference=node.ring.preference,
+                fresh=not node.store.states,
                 seed=node.incarnation,
                 wall_ms=_wall_ms(),
             ),

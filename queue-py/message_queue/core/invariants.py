@@ -6,7 +6,7 @@ node does, and judges every new owner by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from message_queue.core.messages import Ack, Entry, Put, Standing
 from message_queue.core.replication.dots import DotSet
@@ -80,12 +80,15 @@ class Ledger:
         epoch: int,
         first: int,
         upto: int,
-        durable: Mapping[int, PartitionState],
+        durable: Mapping[int, Sequence[PartitionState]],
     ) -> None:
         """An owner says that first..upto are committed; ``durable``: what each replica's disk holds
-        (as of its last completed sync)."""
+        as of its last completed sync (and what it held before it rotted: a majority had it)."""
         span = (epoch, first, upto)
-        copies = sum(state.records.context.within(span) == (span,) for state in durable.values())
+        copies = sum(
+            any(state.records.context.within(span) == (span,) for state in states)
+            for states in durable.values()
+        )
         assert copies >= self._majority, (
             f"partition {partition}: {span} committed with {copies} durable copies"
         )

@@ -360,15 +360,22 @@ class QueueHarness(Harness[SimNode]):
             name: {p: PartitionState(p) for p in range(self.partitions)} for name in world.names
         }
         self.ledger = Ledger(copies // 2 + 1)
+        self.rotten: dict[tuple[str, int], list[PartitionState]] = {}
         self.delivered: set[tuple[int, int, int]] = set()
         self.stopped = False
 
     def build(self, host: Host) -> SimNode:
         return SimNode(host, self)
 
-    def durable(self, partition: int) -> dict[int, PartitionState]:
+    def durable(self, partition: int) -> dict[int, list[PartitionState]]:
         names = self.world.names
-        return {node: self.shadows[names[node]][partition] for node in self.preference[partition]}
+        return {
+            node: [
+                self.shadows[names[node]][partition],
+                *self.rotten.get((names[node], partition), []),
+            ]
+            for node in self.preference[partition]
+        }
 
     def begin(self) -> None:
         for c in range(3):
@@ -578,6 +585,8 @@ class Rotting(Founded):
 
     def rot(self, victim: str) -> None:
         self.world.crash(victim)
+        for partition, shadow in self.shadows[victim].items():
+            self.rotten.setdefault((victim, partition), []).append(shadow)
         disk = self.world.disks[victim]
         for _ in range(self.world.rng.randint(1, 4)):
             records = len(disk.log("log"))
