@@ -39,20 +39,43 @@ class _Way:
 
 
 class _Loop:
-    """The thread with the proxies' event loop; started at the first use, ends with the program."""
+    """The thread with the proxies' event loop; it lives as long as one proxy is open.
+
+    It ends with the last one because a simulation forks its workers: a fork of a process with
+    threads may inherit a lock that nobody will ever release.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def enter(self) -> None:
+        """One more proxy; the first starts the thread."""
+        with self._lock:
+            self._users += 1
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="link-proxies", daemon=True
+                )
+                self._thread.start()
+
+    def leave(self) -> None:
+        """One proxy less; the last stops the thread."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._loop is None or self._thread is None:
+                return
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_CALL_S)
+            self._loop.close()
+            self._loop = self._thread = None
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for it (short ones only)."""
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(
-                    target=self._loop.run_forever, name="link-proxies", daemon=True
-                ).start()
+        assert self._loop is not None, "every proxy is closed"
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_S)
 
 
@@ -72,6 +95,8 @@ class LinkProxy:
         self._server: asyncio.Server | None = None
         self._live: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._closed = False
+        _shared.enter()
         _shared.call(self._open())
 
     @property
@@ -102,8 +127,11 @@ class LinkProxy:
         _shared.call(self._heal())
 
     def close(self) -> None:
-        """The end: stop listening, drop all connections."""
-        _shared.call(self._do_cut())
+        """The end: stop listening, drop all connections. Harmless when repeated."""
+        if not self._closed:
+            self._closed = True
+            _shared.call(self._do_cut())
+            _shared.leave()
 
     # -- inside the proxies' loop ----------------------------------------------------------------
 

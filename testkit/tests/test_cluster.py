@@ -4,6 +4,7 @@ import asyncio
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -202,7 +203,9 @@ async def test_a_link_delays_holds_and_resets() -> None:
         writer.close()
     finally:
         link.close()
+        link.close()
         server.close()
+    assert not [t for t in threading.enumerate() if t.name == "link-proxies"]
 
 
 async def test_a_link_passes_the_end_of_the_stream_and_a_dead_target() -> None:
