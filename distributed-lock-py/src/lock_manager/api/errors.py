@@ -1,0 +1,135 @@
+"""Errors as clients see them, and the one middleware that makes every answer a JSON answer.
+
+`{"error": "<stable sentence>", …details}`, or RFC 9457 when the client asks for it. A reply that
+leaves the outcome unknown says `"definite": false`, so that clients know whether a retry can double
+an effect.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from lock_manager.api.keys import METRICS, REQUEST_ID
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_encode = msgspec.json.Encoder().encode
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+
+
+class ApiError(Exception):
+    """An answer other than success: `status`, the stable sentence, details, headers."""
+
+    def __init__(
+        self,
+        status: int,
+        error: str,
+        /,  # so that details may have these names too
+        *,
+        headers: Mapping[str, str] | None = None,
+        **details: object,
+    ) -> None:
+        super().__init__(error)
+        self.status = status
+        self.error = error
+        self.details = details
+        self.headers = headers
+
+
+class NotLeader(Exception):
+    """Another node must answer this: 307 to `leader` (its URL), or 503 while there is none."""
+
+    def __init__(self, leader_id: str | None, leader: str | None) -> None:
+        super().__init__(leader_id)
+        self.leader_id = leader_id
+        self.leader = leader
+
+
+def json_response(
+    body: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """Compact JSON of any msgspec-encodable `body`."""
+    return web.Response(
+        body=_encode(body), status=status, headers=headers, content_type="application/json"
+    )
+
+
+def middleware(check: Callable[[web.Request], None]) -> Middleware:
+    """The outermost layer: request id, `check` (the guards), errors to JSON, counting."""
+
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("X-Request-Id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        request[REQUEST_ID] = request_id
+        metrics = request.app[METRICS]
+        metrics.requests += 1
+        try:
+            check(request)
+            response = await handler(request)
+        except ApiError as e:
+            response = _error_response(request, e)
+        except NotLeader as e:
+            response = _error_response(request, _redirection(request, e))
+        except web.HTTPException as e:
+            response = _from_aiohttp(request, e)
+        except ConnectionError:
+            raise  # the client hung up: there is nobody to answer
+        except Exception:  # the last line of defence; the traceback goes to the log
+            log.exception(
+                "unexpected error in %s %s (request %s)", request.method, request.path, request_id
+            )
+            response = _error_response(request, ApiError(500, "Internal error", definite=False))
+        if response.status >= 400:
+            metrics.errors += 1
+        if not response.prepared:
+            response.headers["X-Request-Id"] = request_id
+            response.headers["Server"] = "lock_manager"
+            response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+    return answer
+
+
+def _redirection(request: web.Request, e: NotLeader) -> ApiError:
+    if e.leader is None:
+        return ApiError(503, "No leader", headers={"Retry-After": "1"})
+    return ApiError(
+        307,
+        "Not the leader",
+        headers={"Location": e.leader + request.raw_path},
+        leader_id=e.leader_id,
+        leader=e.leader,
+    )
+
+
+def _from_aiohttp(request: web.Request, e: web.HTTPException) -> web.StreamResponse:
+    """aiohttp's own 404, 405, 413 … as ours; a websocket upgrade's answer passes as it is."""
+    sentence = {404: "Not found", 405: "Method not allowed", 413: "Request body too large"}
+    headers = {k: v for k, v in e.headers.items() if k in ("Allow", "Location", "Retry-After")}
+    error = sentence.get(e.status) or (e.text or e.reason)
+    return _error_response(request, ApiError(e.status, error, headers=headers))
+
+
+def _error_response(request: web.Request, e: ApiError) -> web.Response:
+    if "application/problem+json" in request.headers.get("Accept", ""):
+        problem = {
+            "type": "about:blank", "title": HTTPStatus(e.status).phrase, "status": e.status,
+            "detail": e.error, "instance": request.path, **e.details,
+        }  # fmt: skip
+        return web.Response(
+            body=_encode(problem),
+            status=e.status,
+            headers=e.headers,
+            content_type="application/problem+json",
+        )
+    return json_response({"error": e.error, **e.details}, e.status, e.headers)

@@ -1,0 +1,64 @@
+"""What handlers find on the application and the request, typed.
+
+The api never imports the node: it sees `Service`, the few things a handler may ask of it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from aiohttp import web
+
+from lock_manager.api.events import EventHub
+from lock_manager.config import Config
+from lock_manager.core.locks.commands import Command
+from lock_manager.core.locks.replies import Reply
+from lock_manager.core.locks.views import Edge, LockView
+from lock_manager.metrics import Metrics
+
+
+class Service(Protocol):
+    """The node, as its HTTP handlers know it."""
+
+    def status(self) -> dict[str, object]:
+        """The body of GET /status."""
+
+    def not_ready_because(self) -> str | None:
+        """None when the node can serve, else the reason."""
+
+    async def execute(self, command: Command) -> Reply:
+        """Have it committed and applied; for an acquire that must wait, as long as it waits.
+
+        Raises NotLeader, or ApiError 503 (`definite` tells whether it can still take effect). If
+        the caller is cancelled, nobody listens any more, and the cluster is told so.
+        """
+
+    async def confirm_leadership(self) -> None:
+        """Return when the views below are as new as any write answered before this call. Raises
+        NotLeader, or ApiError 503."""
+
+    def lock(self, lock_name: str) -> LockView: ...
+
+    def locks(self, most: int) -> tuple[list[LockView], bool]:
+        """At most so many locks in use, and whether these are all."""
+
+    def wait_graph(self, most: int) -> tuple[list[Edge], bool]:
+        """At most so many edges, and whether these are all."""
+
+    def validate(self, lock_name: str, fencing_token: int) -> bool: ...
+
+    async def transfer(self, target: str | None) -> str:
+        """Hand leadership over to the named node, or the one that is furthest; returns its name
+        once it leads. Raises NotLeader, ApiError."""
+
+    async def add_member(self, name: str, raft_addr: str, http_addr: str) -> int:
+        """Returns the new node's position once the change is committed."""
+
+    async def remove_member(self, name: str) -> int: ...
+
+
+SERVICE = web.AppKey("service", Service)
+CONFIG = web.AppKey("config", Config)
+METRICS = web.AppKey("metrics", Metrics)
+EVENTS = web.AppKey("events", EventHub)
+REQUEST_ID = web.RequestKey("request_id", str)

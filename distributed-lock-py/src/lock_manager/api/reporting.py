@@ -1,0 +1,85 @@
+"""What the machine's outcomes mean for metrics and for whoever listens to /events."""
+
+from __future__ import annotations
+
+from lock_manager.api.events import EventHub
+from lock_manager.core.locks.commands import Acquire, Batch, Command
+from lock_manager.core.locks.replies import (
+    Acquired,
+    Deadlock,
+    Outcomes,
+    Queued,
+    Released,
+    ReleasedMany,
+    Reply,
+    TimedOut,
+)
+from lock_manager.metrics import Metrics
+
+
+class Reporter:
+    def __init__(self, metrics: Metrics, events: EventHub) -> None:
+        self._metrics = metrics
+        self._events = events
+
+    def applied(self, batch: Batch, outcomes: Outcomes) -> None:
+        """One log entry took effect on this node. (Counters differ between nodes only in what a
+        node was not there for.)"""
+        metrics = self._metrics
+        metrics.batches += 1
+        metrics.commands += len(batch.commands)
+        for command, answer in zip(batch.commands, outcomes.answers, strict=True):
+            self._answered(command, answer)
+        for resolution in outcomes.resolutions:
+            self._resolved(resolution.reply)
+        for expired in outcomes.expired:
+            if expired.reaped:
+                metrics.grants_reaped += 1
+            else:
+                metrics.leases_expired += 1
+            self._events.publish(
+                "expired",
+                lock_name=expired.lock_name,
+                client_id=expired.client_id,
+                fencing_token=expired.fencing_token,
+                reason="unclaimed" if expired.reaped else "lease",
+            )
+
+    def _answered(self, command: Command, answer: Reply | Queued) -> None:
+        match answer:
+            case Queued():
+                self._metrics.waits += 1
+                if isinstance(command, Acquire) and self._events.listened_to:
+                    names = [ask.lock_name for ask in command.asks]
+                    self._events.publish("waiting", client_id=command.client_id, locks=names)
+            case Released(lock_name, client_id):
+                self._metrics.releases += 1
+                if self._events.listened_to:
+                    self._events.publish("released", lock_name=lock_name, client_id=client_id)
+            case ReleasedMany(count):
+                self._metrics.releases += count
+                self._events.publish("released_many", count=count)
+            case _:
+                self._resolved(answer)
+
+    def _resolved(self, reply: Reply) -> None:
+        match reply:
+            case Acquired(client_id, locks):
+                self._metrics.grants += 1
+                if self._events.listened_to:
+                    for one in locks:
+                        self._events.publish(
+                            "granted",
+                            lock_name=one.lock_name,
+                            client_id=client_id,
+                            lock_type=one.lock_type,
+                            fencing_token=one.fencing_token,
+                        )
+            case TimedOut(lock_name):
+                self._metrics.timeouts += 1
+                self._events.publish("timeout", lock_name=lock_name)
+            case Deadlock(cycle):
+                self._metrics.deadlocks += 1
+                self._events.publish("deadlock", cycle=cycle)
+            case _:
+                pass

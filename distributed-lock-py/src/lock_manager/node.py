@@ -1,0 +1,515 @@
+"""The only file where the rooms meet: event -> core -> send, persist, apply, answer.
+
+Every event (a request, a peer's message, a finished write, a timer) changes the Raft core at once
+and schedules one `_flush` for this turn of the loop. The flush proposes what gathered, then does
+what the core's Effects ask for, in the order of their fields. Requests that arrive while a batch
+is on its way gather for the next one: that is group commit, without a timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+
+from lock_manager.api.errors import ApiError, NotLeader
+from lock_manager.api.events import EventHub
+from lock_manager.api.pending import Desk, Pending, Proposed
+from lock_manager.api.reads import Reads
+from lock_manager.api.reporting import Reporter
+from lock_manager.api.standing import progress_of, standing
+from lock_manager.config import Config
+from lock_manager.core.cluster_clock import ClusterClock
+from lock_manager.core.locks import snapshot, views
+from lock_manager.core.locks.commands import (
+    Batch,
+    Command,
+    ForceRelease,
+    LeaderStarted,
+    decode_batch,
+    encode_batch,
+)
+from lock_manager.core.locks.machine import LockMachine
+from lock_manager.core.locks.replies import Reply
+from lock_manager.core.peer_book import PROTOCOL, Hello, PeerBook
+from lock_manager.core.raft import (
+    Accepted,
+    Configuration,
+    ConfigurationChanged,
+    ConfigurationCommitted,
+    ElectionStarted,
+    Entry,
+    EntryKind,
+    LeaderChanged,
+    Member,
+    Message,
+    Note,
+    RaftConfig,
+    Refusal,
+    Refused,
+    Role,
+    SteppedDown,
+    Suspicious,
+    TransferEnded,
+    WonElection,
+)
+from lock_manager.core.raft.core import RaftCore
+from lock_manager.metrics import Metrics
+from lock_manager.storage import Store, StoreFailed
+from lock_manager.transport import Links
+from lock_manager.transport.directory import Directory
+
+log = logging.getLogger(__name__)
+
+# Batches proposed and not applied. More than one keeps the disks busy while answers travel; many
+# would only make the batches smaller.
+BATCHES_UNDER_WAY = 2
+# An idle leader of a cluster that waits for anything logs the time this often (guarantee 8).
+STAMP_EVERY_MS = 1_000
+SNAPSHOT_EVERY_ENTRIES = 20_000
+KEEP_ENTRIES = 2_000  # behind a snapshot, for followers that are a little late
+TRANSFER_S = 1.5
+
+
+class Node:
+    """One member of the cluster. Everything runs on one event loop."""
+
+    def __init__(self, config: Config, store: Store, metrics: Metrics, events: EventHub) -> None:
+        self._config = config
+        self._store = store
+        self._metrics = metrics
+        self._reporter = Reporter(metrics, events)
+        self._events = events
+        self.halted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        bootstrap = Configuration(
+            () if config.join else tuple(Member(node_id=i + 1) for i in range(len(config.peers)))
+        )
+        raft = RaftConfig(
+            node_id=config.position,
+            bootstrap=bootstrap,
+            election_timeout_ms=config.election_timeout_ms,
+            heartbeat_ms=config.heartbeat_ms,
+        )
+        self._core = RaftCore(raft, store.restored, random.SystemRandom().randrange, self._now_ms())
+        self._machine = LockMachine()
+        self._applied = 0
+        self._clock = ClusterClock()
+        self._desk = Desk()
+        self._reads = Reads()
+        self._changes: dict[int, tuple[int, asyncio.Future[None]]] = {}  # configurations by index
+        self._logged_ms = 0  # cluster time of the last stamp that this leader proposed
+        self._flush_scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._stopping = False
+        self.me = Hello(
+            protocol=PROTOCOL,
+            position=config.position,
+            node_id=config.node_id,
+            store_id=store.store_id,
+        )
+        self.book = PeerBook(self.me, store.peers, store.bind_peer)
+        self._directory = Directory(config, self.book)
+        self.links: Links | None = None
+
+    @property
+    def _leads(self) -> bool:
+        return self._core.role is Role.LEADER
+
+    def start(self, links: Links) -> None:
+        """Begin to take part."""
+        self.links = links
+        self._store.start(self._on_persisted, self._on_store_failed)
+        self._follow_configuration(self._core.configuration)
+        self._wake()
+
+    # -------------------------------------------------------------------------------------- events
+
+    def on_messages(self, position: int, messages: list[Message]) -> None:
+        now = self._now_ms()
+        for message in messages:
+            self._core.step(message, now)
+        self._wake()
+
+    def on_broken(self, position: int) -> None:
+        self._core.peer_disconnected(position, self._now_ms())
+        self._wake()
+
+    def _on_persisted(self, seq: int) -> None:
+        self._core.persisted(seq, self._now_ms())
+        self._wake()
+
+    def _on_store_failed(self, error: StoreFailed) -> None:
+        self.halt(f"the store failed, nothing can be promised any more: {error}")
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = self._now_ms()
+        if now >= self._core.next_deadline_ms:
+            self._core.tick(now)
+            self._record_members()
+        self._wake()
+
+    def halt(self, reason: str) -> None:
+        """Stop at once; `server` ends the process with exit code 1."""
+        if not self.halted.done():
+            self._stopping = True
+            self._desk.leadership_lost()
+            self.halted.set_result(reason)
+
+    # --------------------------------------------------------------------------------------- flush
+
+    def _wake(self) -> None:
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        if self.halted.done() or self.links is None:
+            return
+        core = self._core
+        self._propose()
+        self._reads.ask(core.read_index)
+        while core.has_effects:
+            effects = core.drain()
+            self.links.send(effects.messages)
+            if effects.persist is not None:
+                self._store.submit(effects.persist)
+            if effects.restore is not None:
+                self._restore(effects.restore.index, effects.restore.data)
+            for note in effects.notes:
+                self._note(note)
+            for entry in effects.committed:
+                self._apply(entry)
+            for ready in effects.reads_ready:
+                self._reads.confirm(ready.read_id, ready.index)
+            self._reads.serve(self._applied)
+            for read_id in effects.reads_refused:
+                self._reads.refuse(read_id, self._elsewhere())
+            if effects.committed:
+                self._propose()
+                self._compact()
+        self._set_timer()
+
+    def _propose(self) -> None:
+        """Put what gathered into the log, or the time, if something ends by it."""
+        if not self._leads:
+            if self._desk.has_mail:
+                for pending in self._desk.take_mail():
+                    pending.fail(self._elsewhere())
+            return
+        cluster_ms = self._clock.observe(self._now_ms())
+        self._core.advance_stamp(cluster_ms)
+        while self._desk.has_mail and self._desk.batches_under_way < BATCHES_UNDER_WAY:
+            mail = self._desk.take_mail()
+            if mail and not self._propose_batch(mail, cluster_ms):
+                return
+        if self._stamp_due_ms() is not None and not self._desk.batches_under_way:
+            due = self._stamp_due_ms()
+            if due is not None and cluster_ms >= due:
+                self._propose_batch([], cluster_ms)
+
+    def _stamp_due_ms(self) -> int | None:
+        """When the log needs the time though nobody asks for anything; None: never."""
+        due = self._machine.next_due_ms()
+        return (
+            None
+            if due is None
+            else max(min(due, self._logged_ms + STAMP_EVERY_MS), self._machine.now_ms + 1)
+        )
+
+    def _propose_batch(self, mail: list[Pending], cluster_ms: int) -> bool:
+        commands = [pending.command for pending in mail]
+        batch = Batch(cluster_ms, commands, self._config.lock_delay_ms)
+        result = self._core.propose([encode_batch(batch)])
+        if isinstance(result, Accepted):
+            self._logged_ms = cluster_ms
+            self._desk.proposed(
+                result.first_index, Proposed(result.term, batch, mail, self._loop.time())
+            )
+            return True
+        if result.reason is Refusal.TRANSFERRING:
+            error = ApiError(503, "Leadership is being handed over", headers={"Retry-After": "1"})
+            for pending in mail:
+                pending.fail(error)
+        else:
+            self._desk.put_back(mail)
+        return False
+
+    # --------------------------------------------------------------------------------------- apply
+
+    def _apply(self, entry: Entry) -> None:
+        self._applied = entry.index
+        own = self._desk.take_proposed(entry.index, entry.term)
+        change = self._changes.pop(entry.index, None)
+        if change is not None and not change[1].done():
+            term, waiting = change
+            if term == entry.term:
+                waiting.set_result(None)
+            else:
+                waiting.set_exception(self._elsewhere())
+        if entry.kind is not EntryKind.COMMAND:
+            self._machine.applied_index = entry.index
+            return
+        batch = own.batch if own is not None else decode_batch(entry.payload)
+        outcomes = self._machine.apply(entry.index, batch)
+        follow_up: list[Command] = []
+        if own is not None:
+            self._metrics.commit_ms.observe((self._loop.time() - own.since_s) * 1000)
+            follow_up += self._desk.answer(own.pendings, outcomes)
+        if outcomes.resolutions:
+            follow_up += self._desk.resolve(outcomes.resolutions)
+        if self._leads:
+            for command in follow_up:
+                self._desk.submit(command, None)
+        self._reporter.applied(batch, outcomes)
+
+    def _restore(self, index: int, data: bytes) -> None:
+        """Raises SnapshotError for a snapshot that this version cannot read: the node halts."""
+        self._machine = snapshot.restore(data)
+        self._applied = index
+
+    def _compact(self) -> None:
+        if self._applied - self._core.snapshot_index >= SNAPSHOT_EVERY_ENTRIES:
+            started = time.monotonic()
+            self._core.snapshot_taken(self._applied, snapshot.encode(self._machine), KEEP_ENTRIES)
+            self._metrics.snapshots += 1
+            took_ms = (time.monotonic() - started) * 1000
+            log.info("snapshot at index %d in %.0f ms", self._applied, took_ms)
+
+    # --------------------------------------------------------------------------------------- notes
+
+    def _note(self, note: Note) -> None:
+        match note:
+            case ElectionStarted(term, pre_vote):
+                log.info("asking for %s in term %d", "pre-votes" if pre_vote else "votes", term)
+            case WonElection():
+                self._on_won(note)
+            case SteppedDown(term, reason):
+                log.warning("no longer leader of term %d: %s", term, reason)
+                self._metrics.leaderships_lost += 1
+                self._clock.follow()
+                self._give_up_leadership()
+            case LeaderChanged(term, leader_id):
+                name = self._directory.name(leader_id) if leader_id is not None else None
+                log.info("term %d: %s", term, f"following {name}" if name else "no leader")
+                self._events.publish("leader", term=term, leader_id=name)
+            case ConfigurationChanged(_, configuration):
+                self._follow_configuration(configuration)
+            case ConfigurationCommitted(_, _, included):
+                if not included:
+                    self.halt("this node was removed from the cluster")
+            case TransferEnded(target):
+                log.warning(
+                    "leadership was not handed over to %s in time", self._directory.name(target)
+                )
+            case Suspicious(sender, what):
+                log.error("ignored a message from peer %d: it %s", sender, what)
+
+    def _on_won(self, note: WonElection) -> None:
+        log.info("WON election for term %d with %d votes", note.term, note.votes)
+        log.info("starting heartbeats every %d ms", self._config.heartbeat_ms)
+        self._metrics.elections_won += 1
+        self._events.publish("elected", term=note.term, leader_id=self._config.node_id)
+        self._clock.lead(max(self._core.stamp_ms, self._machine.now_ms), self._now_ms())
+        self._logged_ms = self._clock.now_ms
+        self._desk.submit(LeaderStarted(), None)
+        self._propose()
+        self._record_members()
+
+    def _give_up_leadership(self) -> None:
+        self._desk.leadership_lost()
+        self._reads.refuse_all(self._elsewhere())
+        unknown = ApiError(503, "Leadership lost", headers={"Retry-After": "1"}, definite=False)
+        for _, waiting in self._changes.values():
+            if not waiting.done():
+                waiting.set_exception(unknown)
+        self._changes.clear()
+
+    def _follow_configuration(self, configuration: Configuration) -> None:
+        self.book.follow(configuration)
+        if self.links is not None:
+            self.links.connect(self._directory.dialled(configuration))
+
+    def _record_members(self) -> None:
+        """Write into the configuration who was met at first contact (guarantee 10)."""
+        if self._leads:
+            member = self.book.unrecorded()
+            if member is not None:
+                self._core.update(member)
+
+    # --------------------------------------------------------------------------------------- timer
+
+    def _set_timer(self) -> None:
+        at = self._core.next_deadline_ms / 1000
+        if self._leads:
+            due = self._stamp_due_ms()
+            if due is not None:
+                at = min(at, self._loop.time() + max(0, due - self._clock.now_ms) / 1000)
+        if self._timer is not None:
+            if self._timer_at <= at:
+                return  # it will find out that it was too early, and be set again
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = self._loop.call_at(at + 0.0005, self._on_timer)
+
+    def _now_ms(self) -> int:
+        return int(asyncio.get_running_loop().time() * 1000)
+
+    # ------------------------------------------------------------------------- what the api asks
+
+    async def execute(self, command: Command) -> Reply:
+        if self._stopping or not self._leads:
+            raise self._elsewhere()
+        if isinstance(command, ForceRelease):
+            log.warning(
+                "operator releases lock %r (client %r): %s",
+                command.lock_name,
+                command.client_id or "*",
+                command.reason,
+            )
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        pending = self._desk.submit(command, future)
+        self._wake()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            for command_to_follow in self._desk.abandon(pending):
+                self._desk.submit(command_to_follow, None)
+            self._wake()
+            raise
+
+    async def confirm_leadership(self) -> None:
+        if not self._leads:
+            raise self._elsewhere()
+        self._wake()
+        await self._reads.confirmed(self._loop)
+
+    def lock(self, lock_name: str) -> views.LockView:
+        return views.lock(self._machine, lock_name, self._cluster_ms())
+
+    def locks(self, most: int) -> tuple[list[views.LockView], bool]:
+        return views.locks(self._machine, self._cluster_ms(), most)
+
+    def wait_graph(self, most: int) -> tuple[list[views.Edge], bool]:
+        return views.wait_graph(self._machine, most)
+
+    def validate(self, lock_name: str, fencing_token: int) -> bool:
+        return views.validate(self._machine, lock_name, fencing_token)
+
+    def status(self) -> dict[str, object]:
+        leader_id, leader = self._leader()
+        return {
+            **standing(self._core),
+            "id": self._config.node_id,
+            "leader_id": leader_id,
+            "leader": leader,
+            "applied_index": self._applied,
+            "cluster_time_ms": self._cluster_ms(),
+            "locks": len(self._machine.table.locks),
+            "waiters": len(self._machine.table.waiters),
+            "peers": [self._peer_row(member) for member in self._core.configuration.members],
+        }
+
+    def _peer_row(self, member: Member) -> dict[str, object]:
+        position = member.node_id
+        up = self.links.connected if self.links is not None else frozenset()
+        return {
+            "id": self._directory.name(position),
+            "position": position,
+            "voter": member.voter,
+            "http_addr": self._directory.http_addr(member),
+            "connected": position == self._config.position or position in up,
+            **progress_of(self._core, position),
+        }
+
+    def not_ready_because(self) -> str | None:
+        if self._stopping:
+            return "The node is stopping"
+        if self._core.leader_id is None:
+            return "No leader"
+        return None
+
+    # -------------------------------------------------------------------------------- operators
+
+    async def transfer(self, target: str | None) -> str:
+        if not self._leads:
+            raise self._elsewhere()
+        candidates = [peer for peer in self._core.progress() if peer.voter]
+        if target is not None:
+            candidates = [p for p in candidates if self._directory.name(p.node_id) == target]
+        if not candidates:
+            raise ApiError(409, "No such voter to hand leadership to", target=target)
+        chosen = max(candidates, key=lambda peer: (peer.match_index, -peer.silent_ms))
+        refused = self._core.transfer(chosen.node_id, self._now_ms())
+        self._wake()
+        if refused is not None:
+            raise ApiError(409, "Not possible now", reason=refused.reason.value)
+        deadline = self._loop.time() + TRANSFER_S
+        while self._core.leader_id in (None, self._config.position):
+            if self._loop.time() > deadline:
+                break
+            await asyncio.sleep(0.01)
+        if self._core.leader_id != chosen.node_id:
+            raise ApiError(503, "Leadership was not handed over in time", definite=False)
+        return self._directory.name(chosen.node_id) or str(chosen.node_id)
+
+    async def add_member(self, name: str, raft_addr: str, http_addr: str) -> int:
+        configuration = self._core.configuration
+        if self._directory.find(configuration, name) is not None:
+            raise ApiError(409, "Already a member", id=name)
+        member = Member(
+            node_id=self._directory.free_position(configuration, raft_addr),
+            name=name,
+            raft_addr=raft_addr,
+            http_addr=http_addr,
+        )
+        await self._change(lambda: self._core.add(member))
+        return member.node_id
+
+    async def remove_member(self, name: str) -> int:
+        member = self._directory.find(self._core.configuration, name)
+        if member is None:
+            raise ApiError(409, "Not a member", id=name)
+        await self._change(lambda: self._core.remove(member.node_id))
+        return member.node_id
+
+    async def _change(self, propose: Callable[[], Accepted | Refused]) -> None:
+        if not self._leads:
+            raise self._elsewhere()
+        result = propose()
+        if isinstance(result, Refused):
+            raise ApiError(409, "Not possible now", reason=result.reason.value)
+        done: asyncio.Future[None] = self._loop.create_future()
+        self._changes[result.last_index] = (result.term, done)
+        self._wake()
+        await done
+
+    async def stop(self) -> None:
+        """Hand leadership over, then answer whoever still waits. The store is closed by its
+        owner."""
+        if self._leads and len(self._core.configuration.voters) > 1:
+            try:
+                name = await self.transfer(None)
+                log.info("leadership handed over to %s", name)
+            except (ApiError, NotLeader) as error:
+                log.warning("leadership could not be handed over: %s", error)
+        self._stopping = True
+        self._give_up_leadership()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _cluster_ms(self) -> int:
+        if self._leads:
+            return self._clock.observe(self._now_ms())
+        return max(self._core.stamp_ms, self._machine.now_ms)
+
+    def _leader(self) -> tuple[str | None, str | None]:
+        return self._directory.leader(self._core.configuration, self._core.leader_id)
+
+    def _elsewhere(self) -> NotLeader:
+        return NotLeader(*self._leader())
