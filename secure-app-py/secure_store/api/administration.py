@@ -1,0 +1,161 @@
+"""Tokens, policies, the audit log, promotion, keys."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+from aiohttp import web
+
+from secure_store.api import access
+from secure_store.api.errors import ApiError, json_response
+from secure_store.api.keys import AUDITED_KEY, CONFIG, PRINCIPAL, SERVICE
+from secure_store.api.operations import write
+from secure_store.api.schemas import (
+    AuditQuery,
+    NoBody,
+    PolicyBody,
+    PromoteBody,
+    RevokeBody,
+    TokenBody,
+    read_json,
+    read_query,
+)
+from secure_store.core.changes import PutPolicy, PutToken
+from secure_store.core.plan import AddOp, RevokeOp
+from secure_store.core.policy import PolicyError, check_role_name, check_rules
+
+_token = msgspec.json.Decoder(TokenBody)
+_revoke = msgspec.json.Decoder(RevokeBody)
+_policy = msgspec.json.Decoder(PolicyBody)
+_promote = msgspec.json.Decoder(PromoteBody)
+_nothing = msgspec.json.Decoder(NoBody)
+_encode = msgspec.json.Encoder().encode
+
+
+async def list_tokens(request: web.Request) -> web.Response:
+    access.require(request, "admin", "tokens")
+    rows = [
+        {
+            "accessor": t.accessor,
+            "name": t.name,
+            "roles": t.roles,
+            "created_ms": t.created_ms,
+            "expires_ms": t.expires_ms or None,
+            "uses_left": None if t.uses_left < 0 else t.uses_left,
+            "parent": t.parent or None,
+        }
+        for t in request.app[SERVICE].tokens()
+    ]
+    return json_response({"tokens": rows})
+
+
+async def create_token(request: web.Request) -> web.Response:
+    body = await read_json(request, _token)
+    for role in body.roles:
+        _checked(partial(check_role_name, role), "roles")
+    if not body.name.isprintable():
+        raise ApiError(400, "Invalid field", field="name", detail="must be printable")
+    access.require(request, "admin", "tokens")
+    service, principal = request.app[SERVICE], request[PRINCIPAL]
+    access.require_primary(service)
+    token = "sst_" + secrets.token_urlsafe(32)
+    accessor = secrets.token_hex(8)
+    request[AUDITED_KEY] = f"token {accessor}"
+    now_ms = time.time_ns() // 1_000_000
+    change = PutToken(
+        accessor,
+        service.new_token_hash(token),
+        body.roles,
+        body.name,
+        now_ms,
+        now_ms + body.ttl_ms if body.ttl_ms else 0,
+        body.uses if body.uses is not None else -1,
+        principal.accessor,
+    )
+    answer = _encode({"status": "ok", "token": token, "accessor": accessor})
+    # No Idempotency-Key here: a remembered answer would store the token itself.
+    return await write(request, (AddOp(change),), lambda _: answer, remember=False)
+
+
+async def revoke_token(request: web.Request) -> web.Response:
+    body = await read_json(request, _revoke)
+    request[AUDITED_KEY] = f"token {body.accessor}" if body.accessor.isprintable() else "token"
+    access.require(request, "admin", "tokens")
+    answer = _encode({"status": "ok", "accessor": body.accessor})
+    return await write(request, (RevokeOp(body.accessor),), lambda _: answer)
+
+
+async def get_policy(request: web.Request) -> web.Response:
+    role = _role(request)
+    access.require(request, "admin", "policies")
+    rules = request.app[SERVICE].policy(role)
+    if rules is None:
+        raise ApiError(404, "Role not found")
+    return json_response({"role": role, "rules": rules})
+
+
+async def put_policy(request: web.Request) -> web.Response:
+    role = _role(request)
+    body = await read_json(request, _policy)
+    _checked(partial(check_rules, body.rules), "rules")
+    access.require(request, "admin", "policies")
+    answer = _encode({"status": "ok", "role": role})
+    return await write(request, (AddOp(PutPolicy(role, body.rules)),), lambda _: answer)
+
+
+def _role(request: web.Request) -> str:
+    role: str = request.match_info["role"]
+    _checked(partial(check_role_name, role), "role")
+    request[AUDITED_KEY] = f"policy {role}"
+    return role
+
+
+async def read_audit(request: web.Request) -> web.Response:
+    query = read_query(request, AuditQuery)
+    access.require(request, "audit", "audit")
+    entries = await request.app[SERVICE].audit_entries(query.after, query.limit)
+    body = b'{"entries":[' + b",".join(entries) + b"]}"
+    return web.Response(body=body, content_type="application/json")
+
+
+async def read_anchors(request: web.Request) -> web.Response:
+    """The other node's signed heads that are kept here, as JSON lines."""
+    access.require(request, "audit", "audit")
+    path = request.app[SERVICE].anchors_path()
+    if path is None:
+        raise ApiError(404, "No head of another node is kept here")
+    return web.Response(body=path.read_bytes(), content_type="application/jsonl")
+
+
+async def promote(request: web.Request) -> web.Response:
+    body = await read_json(request, _promote, empty=True)
+    access.require(request, "admin", "admin")
+    request[AUDITED_KEY] = "force" if body.force else ""
+    promotion = await request.app[SERVICE].promote(force=body.force)
+    return json_response(
+        {
+            "status": "ok",
+            "epoch": promotion.epoch,
+            "seq": promotion.last_seq,
+            "forced": promotion.forced,
+        }
+    )
+
+
+async def rotate(request: web.Request) -> web.Response:
+    """A new data key for this node; every node rotates its own."""
+    await read_json(request, _nothing, empty=True)
+    access.require(request, "admin", "admin")
+    number = request.app[SERVICE].rotate_data_key()
+    return json_response({"status": "ok", "data_key": number, "node": request.app[CONFIG].node_id})
+
+
+def _checked(check: Callable[[], None], field: str) -> None:
+    try:
+        check()
+    except PolicyError as e:
+        raise ApiError(400, "Invalid field", field=field, detail=str(e)) from None

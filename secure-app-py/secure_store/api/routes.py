@@ -1,0 +1,137 @@
+"""The HTTP table, and what every service has."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from aiohttp import web
+
+from secure_store.api import access, administration, operations
+from secure_store.api.errors import ApiError, json_response
+from secure_store.api.keys import EVENTS, METRICS, SERVICE
+from secure_store.api.openapi import Route, document
+from secure_store.api.schemas import (
+    AuditQuery,
+    DeleteBody,
+    GetQuery,
+    KeyQuery,
+    ListQuery,
+    PolicyBody,
+    PromoteBody,
+    RevokeBody,
+    SetBody,
+    TokenBody,
+    TxnBody,
+    VersionBody,
+    WatchQuery,
+)
+
+_PAGE = files("secure_store.dashboard").joinpath("index.html").read_bytes()
+
+
+async def status(request: web.Request) -> web.Response:
+    return json_response(request.app[SERVICE].status())
+
+
+async def replication(request: web.Request) -> web.Response:
+    return json_response(request.app[SERVICE].replication())
+
+
+async def healthz(request: web.Request) -> web.Response:
+    return json_response({"status": "alive"})
+
+
+async def readyz(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    reason = service.not_ready_because()
+    if reason is not None:
+        raise ApiError(503, "Not ready", headers={"Retry-After": "1"}, reason=reason)
+    headers = {"X-Replication": "degraded"} if service.is_degraded() else None
+    return json_response({"status": "ready"}, headers=headers)
+
+
+async def metrics(request: web.Request) -> web.Response:
+    request.app[SERVICE].gather_gauges()
+    accept = request.headers.get("Accept", "")
+    asked = request.query.get("format") or (
+        "prometheus" if "text/plain" in accept or "openmetrics" in accept else "json"
+    )
+    if asked == "prometheus":
+        return web.Response(
+            body=request.app[METRICS].as_prometheus(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+    return json_response(request.app[METRICS].as_json())
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    await access.audit(request, "events", 200, is_write=False)
+    return await request.app[EVENTS].stream(request, operations.stream_headers(request))
+
+
+async def openapi(request: web.Request) -> web.Response:
+    return web.Response(body=_DOCUMENT, content_type="application/json")
+
+
+async def dashboard(request: web.Request) -> web.Response:
+    return web.Response(
+        body=_PAGE,
+        content_type="text/html",
+        charset="utf-8",
+        headers={"Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; "
+                 "script-src 'unsafe-inline'; frame-ancestors 'none'"},
+    )  # fmt: skip
+
+
+_READ = {200: "OK", 400: "Bad input", 401: "No valid token", 403: "Not allowed", 404: "Not found"}
+_WRITE = {**_READ, 409: "Version mismatch", 421: "Not the primary", 503: "Not decided"}
+
+ROUTES = (
+    Route("GET", "/get", operations.get, "Read a value", query=GetQuery, answers=_READ),
+    Route("POST", "/set", operations.set_value, "Write a value", body=SetBody, answers=_WRITE,
+          is_write=True),
+    Route("POST", "/delete", operations.delete, "Delete softly", body=DeleteBody, answers=_WRITE,
+          is_write=True),
+    Route("POST", "/undelete", operations.undelete, "Bring a deleted version back",
+          body=VersionBody, answers=_WRITE, is_write=True),
+    Route("POST", "/destroy", operations.destroy, "Forget a version, or a key, for good",
+          body=VersionBody, answers=_WRITE, is_write=True),
+    Route("GET", "/list", operations.list_keys, "Keys that the caller may list", query=ListQuery,
+          answers=_READ),
+    Route("GET", "/history", operations.history, "Versions of a key", query=KeyQuery,
+          answers=_READ),
+    Route("POST", "/txn", operations.txn, "Several operations, all or nothing", body=TxnBody,
+          answers=_WRITE, is_write=True),
+    Route("GET", "/watch", operations.watch, "Changes as they are decided", query=WatchQuery,
+          media_type="text/event-stream"),
+    Route("GET", "/audit", administration.read_audit, "Lines of this node's audit log",
+          query=AuditQuery, answers=_READ),
+    Route("GET", "/audit/anchors", administration.read_anchors,
+          "The other node's signed heads that are kept here", answers=_READ,
+          media_type="application/jsonl"),
+    Route("GET", "/tokens", administration.list_tokens, "Tokens (never the secrets)",
+          answers=_READ),
+    Route("POST", "/tokens", administration.create_token, "Make a token; it is shown once",
+          body=TokenBody, answers=_WRITE, is_write=True),
+    Route("DELETE", "/tokens", administration.revoke_token, "Revoke a token and its children",
+          body=RevokeBody, answers=_WRITE, is_write=True),
+    Route("GET", "/policies/{role}", administration.get_policy, "A role's rules", answers=_READ),
+    Route("PUT", "/policies/{role}", administration.put_policy, "Replace a role's rules",
+          body=PolicyBody, answers=_WRITE, is_write=True),
+    Route("POST", "/admin/promote", administration.promote, "Make this replica the primary",
+          body=PromoteBody, is_write=True, answers={**_READ, 409: "It could lose or split data"}),
+    Route("POST", "/admin/rotate", administration.rotate, "A new data key for this node",
+          answers=_READ, is_write=True),
+    Route("GET", "/status", status, "State of this node", answers=_READ),
+    Route("GET", "/replication", replication, "State of the pair", answers=_READ),
+    Route("GET", "/healthz", healthz, "The process is alive", is_public=True, is_probe=True),
+    Route("GET", "/readyz", readyz, "The node can serve", is_public=True, is_probe=True,
+          answers={200: "Ready", 503: "Not yet, with the reason"}),
+    Route("GET", "/metrics", metrics, "Counters, as JSON or for Prometheus", answers=_READ),
+    Route("GET", "/events", events, "Server-sent events", media_type="text/event-stream"),
+    Route("GET", "/openapi.json", openapi, "This document", answers=_READ),
+    Route("GET", "/", dashboard, "Dashboard", media_type="text/html", is_public=True,
+          is_probe=True),
+)  # fmt: skip
+
+_DOCUMENT = document(ROUTES, "Secure key-value store")

@@ -1,0 +1,289 @@
+"""Run one node: bind, start, serve until SIGTERM or Ctrl-C, stop within five seconds, exit code 0.
+
+Exit code 2 and one line on stderr for everything that is wrong before the node serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from aiohttp import web
+
+from secure_store import config as configuration
+from secure_store import logs
+from secure_store.api import app as application
+from secure_store.api import connection
+from secure_store.api.events import EventHub
+from secure_store.api.watch import WatchHub
+from secure_store.config import Address, Config, ConfigError
+from secure_store.core import machine
+from secure_store.core.changes import Genesis, encode_changes
+from secure_store.core.effects import Effects
+from secure_store.core.kv import Damaged
+from secure_store.core.pair import PairState
+from secure_store.core.policy import Rule
+from secure_store.core.records import Record
+from secure_store.core.tokens import Principal
+from secure_store.engine import Engine, clock_ms, wall_ms
+from secure_store.metrics import Metrics
+from secure_store.node import Node, log_id_of
+from secure_store.storage.audit_log import AuditLog
+from secure_store.storage.data_dir import DataDir, Identity
+from secure_store.storage.database import Database
+from secure_store.storage.keyring import Keyring, make_master_key, read_master_key
+from secure_store.storage.static_access import load_policies, load_tokens
+from secure_store.storage.view import View
+from secure_store.storage.writer import Writer
+from secure_store.transport.link import PEER_PATH, Links
+from secure_store.transport.tls import Tls, ensure_certificate
+
+log = logging.getLogger(__name__)
+
+STOP_WITHIN_S = 4.5
+RELOAD_S = 1.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 0 stopped when asked, 1 halted by a fault, 2 could not start."""
+    try:
+        config = configuration.parse(argv)
+        logs.configure(config.node_id, config.log_format, config.log_level)
+        return run(config)
+    except ConfigError as e:
+        print(f"main.py: error: {logs.one_line(str(e))}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+def run(config: Config) -> int:
+    # Socket first, files that must be right next, directory last: a refusal leaves no trace.
+    listening = bind(config.addr, "--addr")
+    with listening:
+        static_tokens = load_tokens(config)
+        base_roles = load_policies(config)
+        if config.master_key_file is not None:
+            read_master_key(config.master_key_file)
+        if config.cert.exists() and config.key.exists():
+            Tls(config)
+        data_dir = DataDir.open(config.data_dir, Identity("secure_store", config.node_id))
+        try:
+            made = ensure_certificate(config)
+            keyring = open_keyring(config)
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                return runner.run(
+                    serve(config, listening, keyring, static_tokens, base_roles, made_cert=made)
+                )
+        finally:
+            data_dir.close()
+
+
+def open_keyring(config: Config) -> Keyring:
+    """The node's keys; on loopback the master key is made at the first start, and announced."""
+    path = config.master_key_path
+    if config.master_key_file is None and not path.exists():
+        make_master_key(path)
+        log.warning(
+            "made the master key %s: without it the data cannot be read, keep a copy elsewhere",
+            path,
+        )
+    return Keyring.open_or_make(config.data_dir / "keyring.json", read_master_key(path))
+
+
+def load(
+    config: Config, database: Database, keyring: Keyring
+) -> tuple[PairState, Effects, tuple[Record, ...]]:
+    """The machine as the disk left it, what it wants done first, and the log not yet applied."""
+    try:
+        applied = database.applied()
+        recovered = database.read_log(applied.seq, 1 << 62, 1 << 62)
+        if recovered is None:
+            raise ConfigError(f"{config.data_dir}: the log has a gap after record {applied.seq}")
+        state, fx = machine.start(
+            node_id=config.node_id,
+            url=config.url,
+            durable=database.load_state(),
+            last=recovered[-1].position if recovered else applied,
+            shown_seq=applied.seq,
+            has_replica_flag=config.replica is not None,
+            may_found=config.primary is None,
+            mode_wanted=config.mode,
+            fresh_cluster_id=secrets.token_hex(16),
+            genesis=encode_changes((Genesis(secrets.token_bytes(32)),)),
+            now_ms=clock_ms(),
+        )
+    except (Damaged, sqlite3.Error) as e:
+        raise ConfigError(f"{config.data_dir}: {e}") from None
+    return state, fx, recovered
+
+
+async def serve(
+    config: Config,
+    listening: socket.socket,
+    keyring: Keyring,
+    static_tokens: dict[bytes, Principal],
+    base_roles: dict[str, tuple[Rule, ...]] | None,
+    *,
+    made_cert: bool,
+) -> int:
+    stop = stop_requested()
+    faults: list[str] = []
+
+    def on_fatal(reason: str) -> None:
+        faults.append(reason)
+        stop.set()
+
+    metrics, events, watches = Metrics(), EventHub(), WatchHub()
+    tls = Tls(config)
+    path = config.data_dir / "store.db"
+    database = Database(path, keyring, writable=True)
+    state, fx, recovered = load(config, database, keyring)
+    view = View(Database(path, keyring), base_roles)
+    audit = AuditLog(
+        config.node_id,
+        log_id_of(keyring),
+        keyring,
+        config.audit_files,
+        on_state=lambda failure: node.on_audit_state(failure),
+    )
+    node = Node(
+        config, metrics, events, watches,
+        view=view, audit=audit, keyring=keyring, static_tokens=static_tokens, on_fatal=on_fatal,
+    )  # fmt: skip
+    engine = Engine(
+        state,
+        view=view,
+        reader=Database(path, keyring),
+        open_reader=lambda: Database(path, keyring),
+        replica_flag=config.replica,
+        on_shown=node.on_shown,
+        on_note=node.system_note,
+        on_head=node.on_head,
+        next_head=node.next_head,
+        on_failed=on_fatal,
+    )
+    node.attach(engine)
+    writer = Writer(
+        database, on_durable=engine.on_durable, on_failed=engine.on_disk_failed, now_ms=wall_ms
+    )
+    links = Links(tls, on_up=engine.on_up, on_down=engine.on_down, on_frame=engine.on_frame)
+    app = application.build(
+        node, config, metrics, events, watches, [web.get(PEER_PATH, links.accept)]
+    )
+    # handler_cancellation: a handler whose client hung up is cancelled.
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
+    )
+    await runner.setup()
+    reloading = asyncio.create_task(reload_certificates(tls), name="certificates")
+    try:
+        audit.start()
+        announce(config, node, audit, made_cert=made_cert)
+        engine.start(writer, links, recovered, fx)
+        listener = await asyncio.get_running_loop().create_server(
+            connection.factory(runner), sock=listening, ssl=tls.server, backlog=1024
+        )
+        log.info("listening on https://%s", config.addr)
+        await stop.wait()
+        log.info("stopping")
+        listener.close()
+        async with asyncio.timeout(STOP_WITHIN_S):
+            await node.stop()
+            await runner.cleanup()
+    except TimeoutError:
+        log.warning("stopped without waiting any longer for open requests")
+    finally:
+        reloading.cancel()
+    for fault in faults:
+        log.critical("halted: %s", fault)
+    log.info("stopped")
+    return 1 if faults else 0
+
+
+def announce(config: Config, node: Node, audit: AuditLog, *, made_cert: bool) -> None:
+    """What the operator must know, and what the audit log must say, at each start."""
+    if made_cert:
+        log.warning("made the certificate %s and its key %s", config.cert, config.key)
+    if config.demo_tokens:
+        log.warning(
+            "DEMO TOKENS ARE ON: anyone on this machine can read and write with the two tokens of "
+            "the README. Give --tokens_file to turn them off."
+        )
+    if audit.torn:
+        log.warning("the audit log ended in a torn line of %d bytes; it was set aside", audit.torn)
+    if audit.misfit:
+        log.error("the end of the audit log does not fit its MAC: run main.py audit verify")
+    details = "demo tokens on" if config.demo_tokens else "demo tokens off"
+    node.system_note("started", details + (f"; torn audit tail {audit.torn}" if audit.torn else ""))
+
+
+async def reload_certificates(tls: Tls) -> None:
+    """Take changed certificate files over without a restart: new connections use them."""
+    complaint = ""
+    while True:
+        await asyncio.sleep(RELOAD_S)
+        try:
+            if tls.reload_if_changed():
+                log.warning("took over the changed certificate files")
+            complaint = ""
+        except ConfigError as e:
+            if str(e) != complaint:
+                complaint = str(e)
+                log.error("kept the old certificate: %s", e)
+
+
+def stop_requested() -> asyncio.Event:
+    """An event that SIGTERM or SIGINT (Ctrl-C, also on Windows) sets."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, event.set)
+        except (
+            NotImplementedError
+        ):  # Windows: the handler runs between bytecodes of the main thread
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(event.set))
+    return event
+
+
+def bind(addr: Address, flag: str) -> socket.socket:
+    """A listening socket on `addr`; raises ConfigError naming `flag` if it cannot be had."""
+    try:
+        family, kind, proto, _, where = socket.getaddrinfo(
+            addr.host, addr.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, proto)
+    except OSError as e:
+        raise ConfigError(f"{flag}: cannot use {addr}: {e.strerror or e}") from e
+    try:
+        if sys.platform == "win32":
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+        listening.listen(1024)  # now, so that a second node on this port fails here and not later
+        listening.setblocking(False)
+    except OSError as e:
+        listening.close()
+        taken = e.errno == errno.EADDRINUSE
+        raise ConfigError(
+            f"{flag}: {addr} is already in use"
+            if taken
+            else f"{flag}: cannot bind {addr}: {e.strerror}"
+        ) from e
+    return listening
+
+
+def loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed (not on Windows), else asyncio's own."""
+    try:
+        return import_module("uvloop").Loop  # type: ignore[no-any-return]
+    except ImportError:
+        return None

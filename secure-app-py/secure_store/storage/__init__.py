@@ -1,0 +1,1 @@
+"""Keeps. What is acknowledged is on the disk first; what is on the disk is sealed."""

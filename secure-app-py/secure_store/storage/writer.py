@@ -1,0 +1,157 @@
+"""The one writer: a thread that makes everything durable, many requests to one fsync.
+
+No timer: what gathered while the last transaction was being committed goes into the next. Applying
+decided records to the tables needs no fsync of its own (the log already has them), so it rides
+along with the next append, or goes alone when nothing was written for a moment.
+
+A commit that fails ends the node: after a failed fsync nobody knows what the disk holds, and going
+on would be a guess (fsyncgate, 2018).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from secure_store.core.effects import (
+    AppendLog,
+    InstallSnapshot,
+    PersistOp,
+    SaveState,
+    StageRows,
+)
+from secure_store.core.kv import Damaged
+from secure_store.core.records import Record
+from secure_store.storage.database import Database
+
+LAZY_APPLY_S = 0.05
+LOG_RECORDS = 20_000
+LOG_BYTES = 64 << 20
+
+
+@dataclass(slots=True)
+class _Work:
+    persist: list[PersistOp] = field(default_factory=list)
+    apply: list[Record] = field(default_factory=list)
+
+
+class Writer:
+    """`on_durable(persisted number, applied seq)` is called on this thread after each commit.
+
+    `on_failed(reason)` is called once, when the disk failed; nothing is written after it.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        on_durable: Callable[[int, int], None],
+        on_failed: Callable[[str], None],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._database = database
+        self._on_durable = on_durable
+        self._on_failed = on_failed
+        self._now_ms = now_ms
+        self._lock = threading.Condition()
+        self._work = _Work()
+        self._urgent = False
+        self._stopping = False
+        self._applied_seq = database.applied().seq
+        self._tokens = database.load_tokens()
+        self._log_first, self._log_count, self._log_bytes = database.log_size()
+        self.commits = 0
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def persist(self, ops: list[PersistOp]) -> None:
+        """Queue operations; they are committed in order."""
+        with self._lock:
+            self._work.persist.extend(ops)
+            self._urgent = True
+            self._lock.notify()
+
+    def apply(self, records: list[Record]) -> None:
+        """Queue decided records for the tables; no hurry."""
+        with self._lock:
+            self._work.apply.extend(records)
+            self._lock.notify()
+
+    def stop(self) -> None:
+        """Write what is queued, then end the thread."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (work := self._take()) is not None:
+                number = self._write(work)
+                self._on_durable(number, self._applied_seq)
+        except (sqlite3.Error, Damaged, OSError, msgspec.MsgspecError) as e:
+            self._on_failed(f"the database cannot be written: {e}")
+
+    def _take(self) -> _Work | None:
+        with self._lock:
+            while not (self._urgent or self._stopping):
+                waited_in_vain = not self._lock.wait(LAZY_APPLY_S if self._work.apply else None)
+                if waited_in_vain and self._work.apply:
+                    break
+            work, self._work = self._work, _Work()
+            self._urgent = False
+            return work if work.persist or work.apply else None
+
+    def _write(self, work: _Work) -> int:
+        """One transaction; returns the number of its last persist operation (0: none)."""
+        database = self._database
+        database.begin()
+        try:
+            number = 0
+            # Decided records first: they are older than anything that is being appended,
+            # and a snapshot that is being installed replaces them.
+            records = tuple(r for r in work.apply if r.seq > self._applied_seq)
+            if records:
+                database.apply(records, self._tokens, self._now_ms())
+                self._applied_seq = records[-1].seq
+            for op in work.persist:
+                self._persist(op)
+                number = op.number
+            self._trim()
+            database.commit()
+        except BaseException:
+            database.rollback()
+            raise
+        self.commits += 1
+        return number
+
+    def _persist(self, op: PersistOp) -> None:
+        match op:
+            case AppendLog(_, records):
+                self._log_bytes += self._database.append(records)
+                self._log_count += len(records)
+            case SaveState(_, state):
+                self._database.save_state(state)
+            case StageRows(_, rows, first):
+                self._database.stage(rows, first=first)
+            case InstallSnapshot(_, begin, state):
+                self._database.install(begin.position, begin.quarantine_after, state)
+                self._applied_seq = begin.position.seq
+                self._tokens = self._database.load_tokens()
+                self._log_first, self._log_count, self._log_bytes = 0, 0, 0
+
+    def _trim(self) -> None:
+        """Keep the log short: half of it goes when it is too long, never what is not applied."""
+        if self._log_count <= LOG_RECORDS and self._log_bytes <= LOG_BYTES:
+            return
+        first, count, _ = self._database.log_size()
+        below = min(first + count // 2, self._applied_seq)
+        if below > first:
+            self._database.trim_log(below)
+        self._log_first, self._log_count, self._log_bytes = self._database.log_size()

@@ -1,0 +1,1 @@
+"""Talks to the other node, over mutually authenticated TLS."""
