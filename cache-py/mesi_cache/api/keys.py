@@ -31,7 +31,7 @@ class Service(Protocol):
     def lines(self) -> list[dict[str, object]]:
         """The lines that hold a slot, least recently used first."""
 
-    async def directory(self, key: str) -> dict[str, object]:
+    async def directory(self, key: str) -> dict[str, object] | Unavailable:
         """The home's entry of `key`, wherever the home is."""
 
     def metrics_json(self) -> dict[str, object]:

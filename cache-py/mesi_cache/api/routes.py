@@ -13,7 +13,7 @@ from mesi_cache.api import schemas
 from mesi_cache.api.errors import ApiError, json_response
 from mesi_cache.api.keys import EVENTS, REQUEST_ID, SERVICE, Service
 from mesi_cache.api.openapi import Route, document
-from mesi_cache.api.schemas import check_key, read_json, read_query
+from mesi_cache.api.schemas import check_key, compact, read_json, read_query
 from mesi_cache.core.records import Cas, Delete, Incr, Operation, Outcome, Write
 from mesi_cache.core.step import Found, Missing, Unavailable
 
@@ -56,7 +56,7 @@ async def _read(service: Service, key: str) -> dict[str, object]:
                 "version": version,
             }
         case Missing():
-            raise ApiError(404, "Key not found", key=key)
+            raise ApiError(404, "Key not found")
         case Unavailable() as nothing:
             raise _unavailable(nothing, key)
 
@@ -81,12 +81,12 @@ async def mwrite(request: web.Request) -> web.Response:
 
 async def _write_one(request: web.Request, body: schemas.Write, field: str) -> dict[str, object]:
     key = check_key(body.key, field)
-    value = bytes(body.value)
+    value = compact(body.value)
     outcome = await _change(request, key, Write(value, body.ttl_ms or 0))
     return {
         "status": "ok",
         "key": key,
-        "value": body.value,
+        "value": msgspec.Raw(value),
         "state": "M",
         "version": outcome.version,
     }
@@ -95,12 +95,14 @@ async def _write_one(request: web.Request, body: schemas.Write, field: str) -> d
 async def cas(request: web.Request) -> web.Response:
     body = await read_json(request, _cas)
     key = check_key(body.key)
-    outcome = await _change(request, key, Cas(body.expected_version, bytes(body.value)))
+    value = compact(body.value)
+    outcome = await _change(request, key, Cas(body.expected_version, value))
     if outcome.status == "mismatch":
         raise ApiError(409, "Version mismatch", key=key, version=outcome.version)
     return json_response(
-        {"status": "ok", "key": key, "value": body.value, "state": "M", "version": outcome.version}
-    )
+        {"status": "ok", "key": key, "value": msgspec.Raw(value), "state": "M",
+         "version": outcome.version}
+    )  # fmt: skip
 
 
 async def delete(request: web.Request) -> web.Response:
@@ -154,7 +156,10 @@ async def lines(request: web.Request) -> web.Response:
 
 async def directory(request: web.Request) -> web.Response:
     key = check_key(read_query(request, schemas.KeyQuery).key)
-    return json_response(await request.app[SERVICE].directory(key))
+    entry = await request.app[SERVICE].directory(key)
+    if isinstance(entry, Unavailable):
+        raise _unavailable(entry, key)
+    return json_response(entry)
 
 
 async def metrics(request: web.Request) -> web.Response:

@@ -18,6 +18,7 @@ Key = Annotated[str, Meta(min_length=1, max_length=256)]
 Version = Annotated[int, Meta(ge=0, le=1 << 62)]
 
 T = TypeVar("T")
+_encoder = msgspec.json.Encoder()
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 _NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<field>[^`]*)`")
 # 19 digits can exceed 64 bits; most bodies have no such run and are never walked.
@@ -88,12 +89,34 @@ async def read_json(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T
         if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH or _LONG_NUMBER.search(body):
             _check_extremes(msgspec.json.decode(body))
     except msgspec.ValidationError as e:
-        raise bad_field(e) from None
+        raise _bad_field_unless_no_json(body, e) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise ApiError(400, "Invalid JSON") from None
     except RecursionError:
         raise ApiError(400, "JSON nested too deeply") from None
     return value
+
+
+def _bad_field_unless_no_json(body: bytes, e: msgspec.ValidationError) -> ApiError:
+    """The typed decoder stops at the first bad field, even if what follows is no JSON at all."""
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ApiError(400, "Invalid JSON")
+    except RecursionError:
+        return ApiError(400, "JSON nested too deeply")
+    return bad_field(e)
+
+
+def compact(value: msgspec.Raw, field: str = "value") -> bytes:
+    """A client's value as it is kept and given back: the same JSON without spaces. Raises ApiError
+    400 for what is no JSON value after all (a lone surrogate, a number beyond a double)."""
+    try:
+        return _encoder.encode(msgspec.json.decode(value))
+    except (msgspec.MsgspecError, UnicodeError, OverflowError) as e:
+        raise ApiError(400, "Invalid field", field=field, detail=str(e)) from None
+    except RecursionError:
+        raise ApiError(400, "JSON nested too deeply", field=field) from None
 
 
 def read_query(request: web.Request, struct: type[T]) -> T:

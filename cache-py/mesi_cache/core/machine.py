@@ -123,6 +123,10 @@ class Machine:
         self.cache.tick(step)
         self.directory.tick(step)
 
+    def leave(self, step: Step, most: int) -> None:
+        """Give back up to `most` lines: their homes then need not wait for our lease."""
+        self.cache.surrender(step, most)
+
     def next_tick_ms(self) -> float:
         """When `tick` must be called next, at the latest (infinity: not before another input)."""
         return min(self.cache.next_tick_ms(), self.directory.next_tick_ms())

@@ -200,6 +200,11 @@ class Cache(Requester):
             line.session = self.sessions[home]
             self._pump(step, line)
 
+    def surrender(self, step: Step, most: int) -> None:
+        """Put back the `most` least recently used lines."""
+        for line in list(self.lines.values())[:most]:
+            self._fire(step, line, Event.EVICT, None)
+
     def tick(self, step: Step) -> None:
         now_ms = step.now_ms
         while self._deadlines and (

@@ -1,0 +1,415 @@
+"""The only file where the rooms meet: event -> core -> persist -> send -> answer.
+
+Everything here runs on one event loop and nothing between an input and its effects awaits, so a
+client that hangs up, or a handler that is cancelled, can stop nothing half-way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+import msgspec
+
+from mesi_cache import __version__, metrics
+from mesi_cache.api.events import EventHub
+from mesi_cache.config import Config
+from mesi_cache.core.machine import Machine
+from mesi_cache.core.messages import Hello as CoreHello
+from mesi_cache.core.messages import Message
+from mesi_cache.core.numbers import counter_of, epoch_of
+from mesi_cache.core.records import Operation, Record
+from mesi_cache.core.settings import Settings
+from mesi_cache.core.step import Answer, Changed, Found, Missing, Step, Unavailable
+from mesi_cache.logs import Narrator
+from mesi_cache.metrics import Metrics
+from mesi_cache.storage.main_memory import MainMemory
+from mesi_cache.transport.links import Hello, Links
+from mesi_cache.transport.wire import AskEntry, TellEntry, Wire
+
+log = logging.getLogger(__name__)
+
+MAX_CALLS = 20_000
+ASK_S = 2.0
+MEMBERS_DIFFER_S = 2.0
+HAND_OVER = 10_000
+STARTUP_GRACE_MS = 20
+
+# A clock that goes on while the machine sleeps: a lease must not outlive a closed lid. macOS's and
+# Windows' monotonic clocks count suspended time already.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
+
+
+def now_ms() -> float:
+    """Milliseconds on a clock that only goes forward and counts suspended time."""
+    return (time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()) * 1000
+
+
+class Node:
+    """One member: `api.keys.Service` for the handlers, callbacks for the links and the store."""
+
+    def __init__(
+        self,
+        config: Config,
+        memory: MainMemory,
+        counters: Metrics,
+        events: EventHub,
+        halted: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._memory = memory
+        self._metrics = counters
+        self._events = events
+        self._halted = halted
+        wait_ms = memory.lease_wait_ms
+        grants_from_ms = now_ms() + wait_ms + STARTUP_GRACE_MS if wait_ms else 0.0
+        self._machine = Machine(
+            Settings(config.url, config.capacity, config.lease_ms),
+            list(config.members),
+            memory.epoch,
+            applied=memory.restored(),
+            grants_from_ms=grants_from_ms,
+        )
+        self._cache = self._machine.cache
+        self._grants_from_ms = grants_from_ms
+        self._links: Links[Wire] | None = None
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
+        self._ripening: deque[tuple[int, Step]] = deque()  # until their log lines are durable
+        self._own: list[Message] = []  # messages to this member itself
+        self._ready_records: list[tuple[str, Record | None]] = []
+        self._running_own = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at_ms = float("inf")
+        self._ids: dict[str, str] = {config.url: config.node_id}
+        self._differ: dict[str, float] = {}  # member -> when its other member list was last seen
+        self._asked: dict[int, asyncio.Future[bytes]] = {}
+        self._next_ask = 1
+        self._stopping = False
+        self._narrator = Narrator(self._name, events.publish)
+
+    def start(self, links: Links[Wire]) -> None:
+        """Begin to serve. The links may be started afterwards."""
+        self._links = links
+        self._memory.start(
+            on_settled=self._settled,
+            on_loaded=self._loaded,
+            applied_rows=lambda: list(self._machine.directory.applied.rows()),
+            failed=lambda _: self._halt(),
+        )
+        if self._grants_from_ms:
+            loop = asyncio.get_running_loop()
+            loop.call_later((self._grants_from_ms - now_ms()) / 1000 + 0.001, self._leases_over)
+
+    # --- what the api asks ----------------------------------------------------------------------
+
+    def lookup(self, key: str) -> Found | None:
+        began = now_ms()
+        line = self._cache.lookup(key, began)
+        if line is None or self._differ:
+            return None
+        record = line.record
+        state = "S" if len(line.state.value) > 1 else line.state.value
+        found = Found(cast(bytes, record.value), record.version, state, True)
+        self._metrics.hit_ms.observe(now_ms() - began)
+        return found
+
+    async def read(self, key: str) -> Found | Missing | Unavailable:
+        began = now_ms()
+        answer = await self._ask(key, None)
+        self._metrics.miss_ms.observe(now_ms() - began)
+        if isinstance(answer, Changed):
+            raise TypeError("a read was answered as a change")
+        return answer
+
+    async def change(self, key: str, operation: Operation) -> Changed | Unavailable:
+        began = now_ms()
+        answer = await self._ask(key, operation)
+        self._metrics.write_ms.observe(now_ms() - began)
+        if isinstance(answer, Found | Missing):
+            raise TypeError("a change was answered as a read")
+        return answer
+
+    async def _ask(self, key: str, operation: Operation | None) -> Answer:
+        reason = self._refusal()
+        if reason is not None:
+            return Unavailable(True, reason)
+        step = self._step()
+        token = self._cache.submit(step, key, operation)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._calls[token] = future
+        self._carry_out(step)
+        return await future
+
+    def _refusal(self) -> str | None:
+        if self._stopping:
+            return "This node is stopping"
+        if len(self._calls) >= MAX_CALLS:
+            return "Too many requests under way"
+        return self._members_differ()
+
+    def lines(self) -> list[dict[str, object]]:
+        now = now_ms()
+        return [
+            {
+                "key": line.key,
+                "state": "S" if len(line.state.value) > 1 else line.state.value,
+                "version": line.record.version,
+                "lease_left_ms": int(line.lease_left_ms(now)),
+            }
+            for line in self._cache.lines.values()
+        ]
+
+    async def directory(self, key: str) -> dict[str, object] | Unavailable:
+        home = self._machine.placement.home(key)
+        if home == self._config.url:
+            return self._entry(key)
+        number = self._next_ask
+        self._next_ask += 1
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._asked[number] = future
+        try:
+            self._link().send(home, AskEntry(key, number))
+            async with asyncio.timeout(ASK_S):
+                entry: dict[str, object] = msgspec.json.decode(await future)
+                return entry
+        except TimeoutError:
+            return Unavailable(True, f"The key's home {home} does not answer")
+        finally:
+            self._asked.pop(number, None)
+
+    def _entry(self, key: str) -> dict[str, object]:
+        """This home's view of `key`, by members' ids where they are known."""
+        entry = self._machine.directory.entries.get(key)
+        answer: dict[str, object] = {
+            "key": key, "home": self._name(self._config.url), "state": "U", "owner": None,
+            "sharers": [], "version": None, "transaction": None,
+        }  # fmt: skip
+        if entry is None:
+            return answer
+        current = entry.current
+        names = {self._name(url): copy for url, copy in entry.copies.items()}
+        owners = [name for name, copy in names.items() if copy.state != "S"]
+        answer["state"] = str(entry.state)
+        answer["owner"] = owners[0] if owners else None
+        answer["sharers"] = [name for name, copy in names.items() if copy.state == "S"]
+        answer["version"] = entry.record.version
+        if current is not None:
+            answer["transaction"] = {
+                "by": self._name(current.source),
+                "request": type(current.message).__name__,
+                "epoch": epoch_of(entry.number),
+                "number": counter_of(entry.number),
+                "waits_for": [self._name(url) for url in entry.waits],
+                "queued": len(entry.queue),
+            }
+        return answer
+
+    def metrics_json(self) -> dict[str, object]:
+        states = {"M": 0, "E": 0, "S": 0}
+        for line in self._cache.lines.values():
+            states["S" if len(line.state.value) > 1 else line.state.value] += 1
+        lines, capacity = len(self._cache.lines), self._config.capacity
+        return metrics.as_json(self._metrics, self._machine.counts, lines, capacity, states)
+
+    def metrics_prometheus(self) -> bytes:
+        return metrics.as_prometheus(self.metrics_json())
+
+    def status(self) -> dict[str, object]:
+        connected = self._links.connected if self._links is not None else frozenset()
+        return {
+            "id": self._config.node_id,
+            "url": self._config.url,
+            "members": list(self._config.members),
+            "peers_connected": sorted(connected),
+            "epoch": self._machine.epoch,
+            "lines": len(self._cache.lines),
+            "capacity": self._config.capacity,
+            "keys_in_directory": len(self._machine.directory.entries),
+            "lease_ms": self._config.lease_ms,
+            "ready": self.not_ready_because() is None,
+            "version": __version__,
+        }
+
+    def not_ready_because(self) -> str | None:
+        left_ms = self._grants_from_ms - now_ms() if self._grants_from_ms else 0
+        if left_ms > 0:
+            return f"Waiting {left_ms:.0f} ms for leases from before the restart"
+        if self._stopping:
+            return "This node is stopping"
+        return self._members_differ()
+
+    def _members_differ(self) -> str | None:
+        if not self._differ:
+            return None
+        seen = now_ms() - MEMBERS_DIFFER_S * 1000
+        self._differ = {url: at for url, at in self._differ.items() if at > seen}
+        if not self._differ:
+            return None
+        return f"Started with other --peers than {', '.join(sorted(self._differ))}"
+
+    # --- what the links tell --------------------------------------------------------------------
+
+    def on_batch(self, hello: Hello, messages: Sequence[Wire]) -> None:
+        step = self._step()
+        for message in messages:
+            match message:
+                case AskEntry(key, request):
+                    entry = msgspec.json.encode(self._entry(key))
+                    self._link().send(hello.url, TellEntry(request, entry))
+                case TellEntry(request, entry):
+                    future = self._asked.get(request)
+                    if future is not None and not future.done():
+                        future.set_result(entry)
+                case _:
+                    self._machine.receive(step, hello.url, hello.incarnation, message)
+        self._carry_out(step)
+
+    def on_up(self, hello: Hello) -> None:
+        self._metrics.peers_connected += 1
+        self._ids[hello.url] = hello.node_id
+        self._differ.pop(hello.url, None)
+        self._events.publish("peer_up", url=hello.url, id=hello.node_id)
+        log.info("link to %s at %s is up", hello.node_id, hello.url)
+        step = self._step()
+        self._machine.receive(step, hello.url, hello.incarnation, CoreHello())
+        self._carry_out(step)
+
+    def on_down(self, url: str) -> None:
+        self._metrics.peers_connected -= 1
+        self._events.publish("peer_down", url=url)
+        log.info("link to %s is down", self._name(url))
+
+    def on_other_members(self, url: str) -> None:
+        self._differ[url] = now_ms()
+
+    # --- what the store tells -------------------------------------------------------------------
+
+    def _settled(self) -> None:
+        while self._ripening and self._ripening[0][0] <= self._memory.settled:
+            self._release(self._ripening.popleft()[1])
+
+    def _loaded(self, records: Iterable[tuple[str, Record | None]]) -> None:
+        step = self._step()
+        for key, record in records:
+            self._machine.loaded(step, key, record)
+        self._carry_out(step)
+
+    def _leases_over(self) -> None:
+        log.info("leases from before the restart are over: this home grants again")
+        self._tick()
+        task = asyncio.ensure_future(self._memory.forget_lease())
+        task.add_done_callback(self._check_done)
+
+    def _check_done(self, task: asyncio.Future[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            log.error("cannot write to the data directory: %s", task.exception())
+            self._halt()
+
+    # --- carrying out what the core decided -----------------------------------------------------
+
+    def _step(self) -> Step:
+        return Step(now_ms(), time.time() * 1000)
+
+    def _carry_out(self, step: Step) -> None:
+        """Log; then, once the log holds it as the flags demand, everything else, in order."""
+        if step.log:
+            try:
+                position = self._memory.append(step.log)
+            except OSError:
+                log.exception("cannot write the log: nothing may be told any more")
+                self._halt()
+                return
+        elif self._ripening:
+            position = self._ripening[-1][0]  # it may tell of what is not durable yet
+        else:
+            position = 0
+        if position > self._memory.settled:
+            self._ripening.append((position, step))
+        else:
+            self._release(step)
+
+    def _release(self, step: Step) -> None:
+        for target, message in step.send:
+            if target == self._config.url:
+                self._own.append(message)
+            else:
+                self._link().send(target, message)
+        for token, answer in step.answers:
+            future = self._calls.pop(token, None)
+            if future is not None and not future.done():
+                future.set_result(answer)
+        for note in step.notes:
+            self._narrator.tell(note)
+        if step.load:
+            self._ready_records.extend(self._memory.load(step.load))
+        self._run_own()
+
+    def _run_own(self) -> None:
+        """What this member tells itself comes back in, after it was logged like everything else."""
+        if self._running_own:
+            return  # further up the stack
+        self._running_own = True
+        try:
+            while self._own or self._ready_records:
+                step = self._step()
+                own, self._own = self._own, []
+                for message in own:
+                    self._machine.receive(step, self._config.url, self._machine.epoch, message)
+                records, self._ready_records = self._ready_records, []
+                for key, record in records:
+                    self._machine.loaded(step, key, record)
+                self._carry_out(step)
+        finally:
+            self._running_own = False
+        self._arm()
+
+    def _arm(self) -> None:
+        at_ms = self._machine.next_tick_ms()
+        if at_ms < self._timer_at_ms:
+            if self._timer is not None:
+                self._timer.cancel()
+            delay_s = max(0.001, (at_ms - now_ms()) / 1000)
+            self._timer_at_ms = at_ms
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
+
+    def _tick(self) -> None:
+        self._timer, self._timer_at_ms = None, float("inf")
+        step = self._step()
+        self._machine.tick(step)
+        self._carry_out(step)
+
+    def _halt(self) -> None:
+        """A promise cannot be kept: stop at once, as after a crash."""
+        self._stopping = True
+        self._halted()
+
+    # --- the end --------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Refuse new requests, finish those under way, give the lines back, store what is logged.
+        Peers that are down are not waited for."""
+        self._stopping = True
+        if self._calls:
+            await asyncio.wait(list(self._calls.values()), timeout=1.0)
+        step = self._step()
+        self._machine.leave(step, HAND_OVER)
+        self._carry_out(step)
+        for future in list(self._calls.values()):
+            if not future.done():
+                future.set_result(Unavailable(False, "This node is stopping"))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer_at_ms = float("-inf")
+        await self._memory.stop()
+
+    def _name(self, url: str) -> str:
+        return self._ids.get(url, url)
+
+    def _link(self) -> Links[Wire]:
+        if self._links is None:
+            raise RuntimeError("start() comes first")
+        return self._links
