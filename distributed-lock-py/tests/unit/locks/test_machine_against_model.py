@@ -8,6 +8,8 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec.structs import replace
+
 from lock_manager.core.locks import invariants, snapshot
 from lock_manager.core.locks.commands import (
     Acquire,
@@ -41,7 +43,6 @@ from lock_manager.core.locks.replies import (
     RequestReused,
     TimedOut,
 )
-from msgspec.structs import replace
 
 from .naive_model import NaiveLocks
 
@@ -109,6 +110,7 @@ class MachineAgainstModel(RuleBasedStateMachine):
         self.at_ms = 0
         self.step_ms = 0
         self.tokens: set[int] = set()  # of grants, ever
+        self.sent: list[Any] = []  # acquires with a request id
         # The model counts births of holds, the machine names them by their first token.
         self.origins: dict[int, int] = {}
 
@@ -173,6 +175,9 @@ class MachineAgainstModel(RuleBasedStateMachine):
             self.leader_started()
 
     @rule(client=clients, asks=asks, wait=waits, ttl=ttls, request=requests)
+    def acquire_anything(self, client: str, asks: Any, wait: int, ttl: int, request: str) -> None:
+        self.acquire(client, asks, wait, ttl, request)
+
     def acquire(self, client: str, asks: Any, wait: int, ttl: int, request: str) -> None:
         wanted = tuple(Ask(name, LockType(kind), p, limit) for name, kind, p, limit in asks)
         command = Acquire(client, wanted, wait, ttl, request)
@@ -184,6 +189,14 @@ class MachineAgainstModel(RuleBasedStateMachine):
         self.compare_rest()
         if isinstance(answer, Deadlock) and request:
             self.model.answers[client, request][1] = ("deadlock", expected[1])
+
+        if request:
+            self.sent = [*self.sent[-3:], (client, asks, wait, ttl, request)]
+
+    @rule(data=st.data())
+    def retry(self, data: Any) -> None:
+        if self.sent:
+            self.acquire(*data.draw(st.sampled_from(self.sent)))
 
     @rule(client=clients, lock=lock_names, which=st.sampled_from("aacs"), request=requests)
     def release(self, client: str, lock: str, which: str, request: str) -> None:
