@@ -82,6 +82,8 @@ def middleware(check: Callable[[web.Request], None]) -> Middleware:
             response = _error_response(request, _redirection(request, e))
         except web.HTTPException as e:
             response = _from_aiohttp(request, e)
+        except web.RequestPayloadError:  # broken chunks, or not the gzip that it claims to be
+            response = _error_response(request, ApiError(400, "Unreadable request body"))
         except ConnectionError:
             raise  # the client hung up: there is nobody to answer
         except Exception:  # the last line of defence; the traceback goes to the log
