@@ -75,6 +75,8 @@ def to_response(request: web.Request, error: Exception) -> web.StreamResponse:
         return _error_response(request, error)
     if isinstance(error, web.HTTPException):
         return _from_aiohttp(request, error)
+    if isinstance(error, web.RequestPayloadError):  # broken chunks, or not the gzip it claims to be
+        return _error_response(request, ApiError(400, "Unreadable request body"))
     log.error(
         "unexpected error in %s %s (request %s)",
         request.method,
