@@ -16,13 +16,13 @@ pytestmark = pytest.mark.sim
 
 
 def test_a_calm_cluster_elects_one_owner_each_and_loses_nothing() -> None:
-    coverage = many(CALM, seeds(4))
-    coverage.require("acked", 100)
+    coverage = many(CALM, seeds(2))
+    coverage.require("acked", 50)
     assert coverage["in_doubt"] == coverage["clean_in_doubt"] == 0
 
 
 def test_crashes_pauses_and_cuts_lose_nothing_and_bring_nothing_back() -> None:
-    coverage = many(FAULTS, seeds(60))
+    coverage = many(FAULTS, seeds(24))
     for name, times in {
         "owner_elected": 150,
         "owner_lost": 20,
@@ -38,24 +38,24 @@ def test_crashes_pauses_and_cuts_lose_nothing_and_bring_nothing_back() -> None:
         "redelivered": 50,
         "yielded": 5,
     }.items():
-        coverage.require(name, times * len(seeds(60)) // 120)
+        coverage.require(name, times * len(seeds(24)) // 120)
 
 
 def test_a_lost_disk_counts_again_only_after_copying() -> None:
-    coverage = many(WIPES, seeds(40))
-    coverage.require("fault_wipe", len(seeds(40)) // 4)
+    coverage = many(WIPES, seeds(16))
+    coverage.require("fault_wipe", len(seeds(16)) // 4)
     coverage.require("disk_lost", 1)
     coverage.require("fault_stop", 1)
 
 
 def test_five_replicas_survive_two_that_are_away() -> None:
-    many(FIVE, seeds(16)).require("owner_elected", 16)
+    many(FIVE, seeds(6)).require("owner_elected", 6)
 
 
 def test_damaged_records_are_withdrawn_and_fetched_again() -> None:
-    coverage = many(DAMAGE, seeds(24))
-    coverage.require("damaged_records", 5)
-    coverage.require("copied", 5)
+    coverage = many(DAMAGE, seeds(12))
+    coverage.require("damaged_records", 4)
+    coverage.require("copied", 4)
 
 
 def test_a_seed_replays_to_the_same_end() -> None:
