@@ -39,6 +39,7 @@ SERVICE = contract.Service(
     skip=("/admin/promote",),
     max_body_bytes=2 << 20,
     file_flag="--tokens_file",
+    link_path="/peer/stream",
 )
 
 

@@ -19,11 +19,11 @@ In a service's tests/test_contract.py:
 from collections.abc import Callable
 from typing import Any, Final
 
-from testkit.contract import answers, fuzz, requests, startup
+from testkit.contract import answers, fuzz, peers, requests, startup
 from testkit.contract.service import Service, Target, running
 
-CHECKS: Final = (*answers.CHECKS, *requests.CHECKS, *fuzz.CHECKS)
-STARTUP: Final = startup.CHECKS
+CHECKS: Final = (*answers.CHECKS, *requests.CHECKS, *fuzz.CHECKS, *peers.CHECKS)
+STARTUP: Final = (*startup.CHECKS, *peers.STARTUP)
 
 
 def name(check: Callable[..., Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any, Final
 
@@ -130,6 +131,30 @@ async def a_body_over_the_limit_is_413(target: Target) -> None:
     _error(outcome, 413)
 
 
+async def a_packed_body_is_bounded_by_what_it_unpacks_to(target: Target) -> None:
+    bomb = gzip.compress(b" " * (16 * target.service.max_body_bytes))
+    reply = await target.post(bomb, {"Content-Encoding": "gzip"})
+    assert reply.status in (400, 413, 415), reply
+    reply = await target.post(b"no gzip at all", {"Content-Encoding": "gzip"})
+    assert reply.status in (400, 415), reply
+
+
+async def old_and_hasty_clients_are_served(target: Target) -> None:
+    """HTTP/1.0 without keep-alive, two requests in one packet, Expect: 100-continue."""
+    own = {"Host": "127.0.0.1", **target.service.headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in own.items())
+    async with target.client() as client:
+        old = await client.raw(f"GET /status HTTP/1.0\r\n{head}\r\n".encode())
+        assert isinstance(old, Reply), old
+        assert old.status == 200, old
+        one = f"GET /healthz HTTP/1.1\r\n{head}\r\n"
+        both = await client.raw((one + one).encode())
+        assert isinstance(both, Reply), both
+        assert both.status == 200, both
+    reply = await target.request("GET", "/status", headers={"Expect": "the-unexpected"})
+    assert reply.status in (200, 417), reply
+
+
 async def an_unknown_path_is_404(target: Target) -> None:
     for method in ("GET", "POST", "DELETE"):
         _error(await target.request(method, "/no/such/path", body=b"{}"), 404)
@@ -230,6 +255,8 @@ CHECKS: Final = (
     odd_text_is_never_a_500,
     duplicate_query_keys_are_400,
     a_body_over_the_limit_is_413,
+    a_packed_body_is_bounded_by_what_it_unpacks_to,
+    old_and_hasty_clients_are_served,
     an_unknown_path_is_404,
     a_wrong_verb_is_405_with_allow,
     a_foreign_origin_may_not_change_anything,

@@ -31,6 +31,7 @@ class Service:
     skip: documented paths that must not be called at random (they reconfigure the cluster).
     peers_flag: the flag whose list must name the node itself (None where it names the others).
     file_flag: a flag that takes the path of a file which must be readable.
+    link_path: where peers dial their WebSocket, on the last channel (None: not of that kind).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Service:
     max_body_bytes: int = 1 << 20
     peers_flag: str | None = None
     file_flag: str = "--cluster_secret_file"
+    link_path: str | None = "/peer/link"
 
     def command(self, view: NodeView) -> list[str]:
         """The whole command line of a node."""

@@ -22,12 +22,15 @@ SERVICE: Final = contract.Service(
     strings=("text",),
     get="/readyz",
     size=1,
+    link_path=None,
 )
 # What even a node that only echoes does right.
 KEPT: Final = (
     "the_post_and_the_get_work",
     "json_is_read_whatever_the_content_type",
     "odd_text_is_never_a_500",
+    "garbage_on_the_peer_link_does_no_harm",
+    "strangers_stay_out_of_a_guarded_cluster",
     "what_needs_authorization_says_401_without",
     "a_peer_list_without_the_node_itself_is_refused",
     # These wait for /healthz, which it has not: nothing but a deadline to see.
