@@ -325,7 +325,7 @@ class Host:
     # ── figures ─────────────────────────────────────────────────────────────────────────────────
 
     def _show(self, queue: str) -> Answer:
-        if queue not in self.owner.delivery.queue_names():
+        if not self.owner.delivery.exists(queue):
             settings = self.owner.delivery.settings(queue)
             return refusal(404, "No such queue", queue=queue, settings=settings)
         return Answer(200, _json.encode(self.figures(queue)))

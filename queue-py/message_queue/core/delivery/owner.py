@@ -81,6 +81,8 @@ class _Settling(_Pending):
 class _Configuring(_Pending):
     queue: str = ""
     settings: Settings | None = None
+    """None: the queue is deleted."""
+    answer: Answer | None = None
 
 
 Pending = _Storing | _Settling | _Configuring
@@ -253,12 +255,14 @@ class PartitionOwner:
         dots += [dot for dot in self._window.purge(queue) if dot]
         word = "deleted" if delete else "purged"
         answer = Answer(200, _json.encode({"status": word, "queue": queue, "messages": purged}))
-        if delete:
-            self._drafts.append(SetDraft(SETTINGS_KEY + queue, b""))
-            self._gathered.append(_Configuring(0, 1, queue=queue, settings=None))
-        elif not dots:
-            return answer
-        self._end(token, dots, answer)
+        if not delete:
+            if not dots:
+                return answer
+            self._end(token, dots, answer)
+            return None
+        self._end(0, dots, None)
+        self._drafts.append(SetDraft(SETTINGS_KEY + queue, b""))
+        self._gathered.append(_Configuring(token, 1, queue=queue, answer=answer))
         return None
 
     def remove(self, dots: Sequence[int]) -> None:
@@ -357,8 +361,11 @@ class PartitionOwner:
                     if answer is not None:
                         self._finish(item.token, answer)
                 case _Configuring(queue=queue, settings=settings):
-                    self.delivery.configure(queue, settings, now_ms)
-                    if settings is not None:
+                    if settings is None:
+                        self.delivery.forget_queue(queue, now_ms)
+                        self._finish(item.token, item.answer)
+                    else:
+                        self.delivery.configure(queue, settings, now_ms)
                         body = _json.encode({"queue": queue, "settings": settings})
                         self._finish(item.token, Answer(200, body))
         self._events(now_ms)

@@ -34,6 +34,10 @@ from message_queue.core.delivery.model import (
 )
 
 
+MAX_IDLE_QUEUES = 10_000
+"""Of one partition; beyond it, queues that fall empty are forgotten at once."""
+
+
 class Waiter(NamedTuple):
     """A consumer in a long poll."""
 
@@ -74,6 +78,7 @@ class _Queue:
         "line",
         "name",
         "settings",
+        "used",
         "waiters",
     )
 
@@ -81,6 +86,8 @@ class _Queue:
         self.name = name
         self.settings = default_settings(name)
         self.configured = False
+        self.used = False
+        """It held a message in this epoch: it stays listed, empty or not."""
         self.line = Line()
         self.counts = [0] * len(State)
         self.bytes = 0
@@ -122,6 +129,7 @@ class PartitionDelivery:
             return
         queue = self._queue(entry.queue)
         self.entries[entry.dot] = entry
+        queue.used = True
         queue.bytes += entry.body_bytes
         if entry.body is not None:
             self.resident_bytes += entry.body_bytes
@@ -169,8 +177,9 @@ class PartitionDelivery:
         if len(arrivals) > 2 * held + 64:
             queue.arrivals = deque(e for e in arrivals if e.state is not State.GONE)
             queue.line.trim(held)
-        if not held and not queue.waiters and not queue.configured:
-            del self._queues[queue.name]
+        if not held and len(self._queues) > MAX_IDLE_QUEUES:
+            queue.used = False
+            self._drop_if_idle(queue)
         if len(self._timers) > 4 * len(self.entries) + 1024:
             self._trim_timers()
         return entry
@@ -319,8 +328,21 @@ class PartitionDelivery:
     # ── what is asked about queues ──────────────────────────────────────────────────────────────
 
     def queue_names(self) -> list[str]:
-        """Queues that hold a message or were configured."""
-        return [q.name for q in self._queues.values() if q.configured or q.held]
+        """Queues that were configured, hold a message or held one in this epoch."""
+        return [q.name for q in self._queues.values() if q.configured or q.used]
+
+    def exists(self, queue_name: str) -> bool:
+        """Whether `queue_names` has it. O(1)."""
+        queue = self._queues.get(queue_name)
+        return queue is not None and (queue.configured or queue.used)
+
+    def forget_queue(self, queue_name: str, now_ms: int) -> None:
+        """It was deleted: its settings too. What arrives later makes a new one."""
+        self.configure(queue_name, None, now_ms)
+        queue = self._queues.get(queue_name)
+        if queue is not None and not queue.held:
+            queue.used = False
+            self._drop_if_idle(queue)
 
     def settings(self, queue_name: str) -> Settings:
         """In force for a queue, whether it exists or not."""
@@ -391,8 +413,8 @@ class PartitionDelivery:
         return queue
 
     def _drop_if_idle(self, queue: _Queue) -> None:
-        """A queue that nobody configured, fills or waits for leaves no trace."""
-        if not queue.held and not queue.waiters and not queue.configured:
+        """A queue that nobody configured, used or waits for leaves no trace."""
+        if not (queue.used or queue.waiters or queue.configured):
             self._queues.pop(queue.name, None)
 
     def _move(self, queue: _Queue, entry: Entry, state: State) -> None:

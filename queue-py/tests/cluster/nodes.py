@@ -1,0 +1,133 @@
+"""A cluster of real queue nodes, and a client that records what it did and saw."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from testkit.cluster import Cluster, HttpClient, NodeView, Outcome, Reply
+from testkit.history import History, Operation
+
+MAIN = Path(__file__).resolve().parents[2] / "main.py"
+DEADLINE_S = 20.0
+
+
+def queue_cluster(root: Path, *, proxied: bool = False, flags: tuple[str, ...] = ()) -> Cluster:
+    """Three nodes; `proxied`: with a breakable link per ordered pair."""
+
+    def argv(view: NodeView) -> list[str]:
+        return [
+            sys.executable,
+            str(MAIN),
+            f"--id=node{view.index}",
+            f"--addr={view.bind()}",
+            f"--peers={','.join(view.dials())}",
+            f"--dataDir={view.data_dir}",
+            *flags,
+        ]
+
+    channels = ("http",) if proxied else ()
+    return Cluster(argv, 3, root=root, cwd=root, proxied=channels, env={"CLUSTER_SECRET": ""})
+
+
+async def until(what: str, condition: Callable[[], Awaitable[bool]]) -> None:
+    """Poll until the condition holds; fails after `DEADLINE_S`."""
+    give_up = time.monotonic() + DEADLINE_S
+    while not await condition():
+        assert time.monotonic() < give_up, f"not within {DEADLINE_S} s: {what}"
+        await asyncio.sleep(0.05)
+
+
+async def owner_of(cluster: Cluster, queue: str, ask: int = 0) -> int:
+    """The index of the node that owns a queue, as node `ask` sees it."""
+    found: list[int] = []
+
+    async def known() -> bool:
+        async with cluster.client(ask) as client:
+            reply = await client.get(f"/ring?queue={queue}")
+        assert isinstance(reply, Reply), reply
+        owner = reply.json["partitions"][0]["owner"]
+        addresses = [view.bind() for view in cluster.views]
+        if owner in addresses:
+            found.append(addresses.index(owner))
+        return bool(found)
+
+    await until(f"{queue} has an owner", known)
+    return found[-1]
+
+
+class Recorder:
+    """One client that keeps to one node (`target` may be changed) and writes down what happens."""
+
+    def __init__(self, cluster: Cluster, history: History, name: str, target: int) -> None:
+        self.cluster = cluster
+        self.history = history
+        self.name = name
+        self.target = target
+        self._client: HttpClient | None = None
+        self._connected = -1
+
+    async def _ask(self, method: str, path: str, body: object = None) -> Outcome:
+        if self._client is None or self._connected != self.target:
+            if self._client is not None:
+                self._client.close()
+            self._client = self.cluster.client(self.target)
+            self._connected = self.target
+        if method == "GET":
+            return await self._client.get(path)
+        return await self._client.post(path, body)
+
+    def _record(self, operation: Operation, outcome: Outcome, result: object) -> None:
+        if isinstance(outcome, Reply) and outcome.status in (200, 201, 204):
+            self.history.ok(operation, result, outcome.status)
+        elif outcome.definite:
+            self.history.fail(operation, info=str(outcome)[:200])
+        else:
+            self.history.unknown(operation, info=str(outcome)[:200])
+
+    async def produce(self, queue: str, body: str) -> str | None:
+        operation = self.history.invoke(self.name, "produce", queue, body)
+        outcome = await self._ask("POST", "/produce", {"queue": queue, "body": body})
+        done = isinstance(outcome, Reply) and outcome.status == 201
+        result = outcome.json["id"] if done and isinstance(outcome, Reply) else None
+        self._record(operation, outcome, result)
+        return result
+
+    async def consume(
+        self, queue: str, most: int = 10, wait_ms: int = 0
+    ) -> list[dict[str, object]]:
+        operation = self.history.invoke(self.name, "consume", queue, {"visibility_ms": 30_000})
+        path = f"/consume?queue={queue}&max={most}&wait_ms={wait_ms}"
+        outcome = await self._ask("GET", path)
+        found = []
+        if isinstance(outcome, Reply) and outcome.status == 200:
+            found = outcome.json["messages"]
+        self._record(operation, outcome, found)
+        return found
+
+    async def ack(self, queue: str, message: dict[str, object]) -> bool:
+        operation = self.history.invoke(self.name, "ack", queue, message["id"])
+        body = {"message_id": message["id"], "receipt": message["receipt"]}
+        outcome = await self._ask("POST", "/ack", body)
+        self._record(operation, outcome, None)
+        return isinstance(outcome, Reply) and outcome.status == 200
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+async def leftovers(cluster: Cluster, queue: str, ask: int = 0) -> set[str]:
+    """Ids that are still stored, wherever they stand: everything is leased until nothing comes."""
+    async with cluster.client(ask) as client:
+        found: set[str] = set()
+        while True:
+            reply = await client.get(f"/consume?queue={queue}&max=1000")
+            assert isinstance(reply, Reply), reply
+            if reply.status == 204:
+                return found
+            assert reply.status == 200, reply
+            found |= {message["id"] for message in reply.json["messages"]}
