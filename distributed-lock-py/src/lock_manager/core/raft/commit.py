@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lock_manager.core.raft import roles
 from lock_manager.core.raft.effects import ConfigurationCommitted
 from lock_manager.core.raft.messages import EntryKind
 from lock_manager.core.raft.state import State
@@ -24,3 +25,6 @@ def note_committed_configuration(state: State) -> None:
     configuration = state.members.configuration
     included = configuration.get(state.me) is not None
     state.notes.append(ConfigurationCommitted(state.members.index, configuration, included))
+    leader_id = state.leader_id
+    if leader_id is not None and leader_id != state.me and configuration.get(leader_id) is None:
+        roles.lose_sight_of_leader(state)  # it steps down when this is committed

@@ -151,12 +151,7 @@ class RaftCore:
                 progress.probe(progress.match_index + 1)
                 progress.probe_sent = True  # the next heartbeat probes
         elif peer == state.leader_id:
-            state.following.heard_ms = None
-            soon = state.config.reset_campaign_ms
-            if soon is not None:
-                state.election_deadline = min(
-                    state.election_deadline, state.now_ms + 1 + state.chance(max(1, soon))
-                )
+            roles.lose_sight_of_leader(state)
 
     def transfer(self, target: int, now_ms: int) -> Refused | None:
         """Hands leadership to `target` if it catches up within an election timeout; meanwhile no

@@ -57,14 +57,7 @@ def flush(state: State, leading: Leading) -> None:
     eager = state.config.eager_commit or leading.resigning
     for peer, progress in leading.peers.items():
         send_entries(state, leading, peer, progress)
-        if progress.sent_round < leading.read_round or (
-            progress.state is not PeerState.SNAPSHOT
-            and (
-                (eager and progress.sent_commit < state.commit_index)
-                # New entries, but an unanswered probe: it was perhaps lost, so ask again, cheaply.
-                or (progress.probe_sent and progress.probed_last < state.log.last_index)
-            )
-        ):
+        if progress.sent_round < leading.read_round or _has_news(state, progress, eager=eager):
             send_empty(state, leading, peer, progress)
     if leading.leaving and state.members.index <= state.commit_index:
         for peer in leading.leaving:
@@ -72,6 +65,18 @@ def flush(state: State, leading: Leading) -> None:
         leading.leaving.clear()
     if leading.resigning:
         roles.abdicate(state, Event.LEAVE, "removed from the configuration")
+
+
+def _has_news(state: State, progress: Progress, *, eager: bool) -> bool:
+    """Whether an empty append should tell the peer something before the next heartbeat."""
+    match progress.state:
+        case PeerState.REPLICATE:
+            return eager and progress.sent_commit < min(state.commit_index, progress.next_index - 1)
+        case PeerState.PROBE:
+            # The probe was perhaps lost: when there is anything new, ask again, cheaply.
+            return progress.probed_at != (state.log.last_index, state.commit_index)
+        case PeerState.SNAPSHOT:
+            return False
 
 
 def heartbeat(state: State, leading: Leading) -> None:
@@ -114,8 +119,8 @@ def send_entries(state: State, leading: Leading, peer: int, progress: Progress) 
         )
         progress.sent(last_index, size)
         progress.sent_round = leading.read_round
-        progress.sent_commit = state.commit_index
-        progress.probed_last = log.last_index
+        progress.sent_commit = min(state.commit_index, last_index)
+        progress.probed_at = (log.last_index, state.commit_index)
     if progress.state is not PeerState.SNAPSHOT and log.term_at(progress.next_index - 1) is None:
         progress.start_snapshot(log.snapshot)
     if progress.state is PeerState.SNAPSHOT:
@@ -142,8 +147,8 @@ def send_empty(state: State, leading: Leading, peer: int, progress: Progress) ->
         )
     )
     progress.sent_round = leading.read_round
-    progress.sent_commit = state.commit_index
-    progress.probed_last = state.log.last_index
+    progress.sent_commit = min(state.commit_index, prev_index)
+    progress.probed_at = (state.log.last_index, state.commit_index)
 
 
 # --------------------------------------------------------------------------------------- answers

@@ -80,6 +80,17 @@ def follow(state: State, leader_id: int) -> None:
     state.reset_election_timer()
 
 
+def lose_sight_of_leader(state: State) -> None:
+    """The leader is probably gone (its connection broke, or it left the configuration): it is no
+    longer protected, and an election is tried soon instead of after a whole timeout."""
+    state.following.heard_ms = None
+    soon = state.config.reset_campaign_ms
+    if soon is not None:
+        state.election_deadline = min(
+            state.election_deadline, state.now_ms + 1 + state.chance(max(1, soon))
+        )
+
+
 def abdicate(state: State, event: Event, reason: str) -> None:
     """A leader steps down within its term (no quorum, or removed)."""
     _lay_down(state, reason)

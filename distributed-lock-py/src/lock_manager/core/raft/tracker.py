@@ -49,7 +49,7 @@ class Progress:
         "match_index",
         "next_index",
         "probe_sent",
-        "probed_last",
+        "probed_at",
         "sent_commit",
         "sent_round",
         "snapshot",
@@ -62,12 +62,13 @@ class Progress:
         self.next_index = next_index
         self.heard_ms = now_ms  # a new leader gives everybody a whole timeout
         self.probe_sent = False  # PROBE: a message with entries left and is not answered
-        self.probed_last = 0  # the log's last index when anything was last sent
+        # The log's last index and the commit index when anything was last sent.
+        self.probed_at = (0, 0)
         self.inflight: deque[tuple[int, int]] = deque()  # (last index of a message, its bytes)
         self.inflight_bytes = 0
         self.acked_round = 0
         self.sent_round = 0
-        self.sent_commit = 0
+        self.sent_commit = 0  # the commit index that the last message could convey
         self.snapshot: Snapshot | None = None
         self.chunk_offset = 0
         self.chunk_sent = False
