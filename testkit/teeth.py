@@ -47,7 +47,7 @@ class Bug:
 
 @dataclass(frozen=True, slots=True)
 class Bite:
-    """What became of a bug. `by` names the test that failed; empty if it survived."""
+    """What became of a bug. `by` names the test that failed and what it said; empty if none."""
 
     bug: Bug
     caught: bool
@@ -143,7 +143,11 @@ def bite(service: Path, bug: Bug) -> Bite:
         return Bite(bug, True, "a hang", took_s, output)
     failed = _FAILED.search(output)
     # Code 1 is "tests failed"; 2 and up are pytest's own troubles (no such test, broken import).
-    return Bite(bug, code == 1, failed[1] if failed else "", took_s, output)
+    by = ""
+    if failed is not None:
+        by = failed[1].removeprefix(service.name + "/").replace("::", " ", 1)
+        by += f": {failed[2].partition(': ')[2] or failed[2]}"[:100] if failed[2] else ""
+    return Bite(bug, code == 1, by, took_s, output)
 
 
 def check_clean(service: Path, bugs: Sequence[Bug]) -> str:
@@ -175,11 +179,11 @@ def run(service: Path, only: Sequence[str] = (), workers: int = 2) -> int:
         return 1
     survivors = []
     width = max((len(bug.id) for bug in bugs), default=0)
-    print(f"{'planted bug':<{width}}  caught by")
+    print(f"{'planted bug':<{width}}  seconds  caught by")
     with ThreadPoolExecutor(workers) as pool:
         for bitten in pool.map(lambda bug: bite(service, bug), bugs):
             verdict = bitten.by if bitten.caught else "SURVIVED"
-            print(f"{bitten.bug.id:<{width}}  {verdict}  {bitten.seconds:.1f} s", flush=True)
+            print(f"{bitten.bug.id:<{width}}  {bitten.seconds:5.1f} s  {verdict}", flush=True)
             if not bitten.caught:
                 survivors.append(bitten)
     for bitten in survivors:

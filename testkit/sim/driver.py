@@ -87,7 +87,12 @@ class SimFailure(AssertionError):
         self.report = report
 
     def __str__(self) -> str:
-        return f"{self.report}\n{self.scenario} seed {self.seed}: {self.reason}"
+        # First for a summary that shows one line, last for a reader of the end of a log.
+        head = f"{self.scenario} seed {self.seed}: {self.reason}"
+        replay = (
+            f"replay: python -m testkit.sim SERVICE:{self.scenario} --seed {self.seed} --verbose"
+        )
+        return f"{head}\n{self.report}\n{head}\n{replay}"
 
 
 def run(

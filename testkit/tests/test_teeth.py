@@ -47,8 +47,8 @@ def test_a_bug_is_caught_or_told_to_have_survived(
     table(service, MINUS, {**MINUS, "id": "blind", "test": "test_zero"})
     assert teeth.run(service) == 1
     printed = capsys.readouterr().out
-    assert "test_sums.py::test_add" in printed
-    assert "blind  SURVIVED" in printed
+    assert "test_sums.py test_add: " in printed
+    assert "s  SURVIVED" in printed
     assert "1 of 2 planted bugs caught" in printed
     assert "a + b" in (service / "toy" / "sums.py").read_text(), "the original is never touched"
 
