@@ -13,7 +13,7 @@ STATUS="" BODY="" # the last answer
 json() {
   local expression=$1
   shift
-  "$VENV/bin/python" -c '
+  "$VENV/bin/python" -I -S -c '
 import json, sys
 def has(wanted, got):
     """Whether every field of wanted is in got, with the same value."""

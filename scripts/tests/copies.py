@@ -52,7 +52,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 def serve(address):
     host, port = address.split(":")
     server = http.server.ThreadingHTTPServer((host, int(port)), Answer)
-    if "cert" in flags:
+    if "secure-app-py" in __file__:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(os.environ["STAND_IN_CERT"])
         server.socket = context.wrap_socket(server.socket, server_side=True)

@@ -21,9 +21,12 @@ def test_it_is_made_once_and_installs_only_what_changed(tmp_path: Path) -> None:
     folder, first, second = tmp_path / "an env", tmp_path / "a b.txt", tmp_path / "c.txt"
     first.write_text("# nothing yet\n")
     second.write_text("# nothing either\n")
+    folder.mkdir()
+    (folder / "work.txt").write_text("not an environment: nothing in here may be deleted")
     done = prepare(folder, first, second)
     assert done.returncode == 0, done.stderr
     assert "Making" in done.stdout
+    assert (folder / "work.txt").exists()
     assert prepare(folder, first, second).stdout == ""
     second.write_text("# changed\n")
     assert prepare(folder, first, second).stdout == f"Installing {second}\n"
@@ -33,12 +36,3 @@ def test_it_is_made_once_and_installs_only_what_changed(tmp_path: Path) -> None:
     assert "pip could not install" in failed.stderr
     # A failed installation is not remembered as done.
     assert prepare(folder, first, second).returncode == 1
-
-
-def test_what_is_not_an_environment_is_never_deleted(tmp_path: Path) -> None:
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "work.txt").write_text("mine")
-    requirements = tmp_path / "r.txt"
-    requirements.write_text("")
-    assert prepare(tmp_path / "precious", requirements).returncode == 0
-    assert (tmp_path / "precious" / "work.txt").read_text() == "mine"
