@@ -290,3 +290,11 @@ async def test_damage_anywhere_is_refused_or_harmless(tmp_path: Path, checkpoint
             zeroed = content[:start] + bytes(page) + content[start + page :]
             await asyncio.to_thread(start_with, name, zeroed[: len(content)])
     assert refused >= 10 or not checkpointed
+
+
+def test_a_commit_means_an_fsync(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, OWNER)
+    (synchronous,) = store._connection.execute("PRAGMA synchronous").fetchone()
+    (journal,) = store._connection.execute("PRAGMA journal_mode").fetchone()
+    asyncio.run(store.close())
+    assert (synchronous, journal) == (2, "wal")  # FULL: the WAL is synced at every commit

@@ -1,0 +1,438 @@
+"""The core seen by its integrator: what leaves when, and how much of it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lock_manager.core.invariants import DiskImage, RaftChecker
+from lock_manager.core.raft import (
+    Accepted,
+    AppendEntries,
+    AppendReply,
+    Configuration,
+    Effects,
+    Entry,
+    EntryKind,
+    HardState,
+    InstallSnapshot,
+    Member,
+    Message,
+    RaftConfig,
+    RaftCore,
+    Refusal,
+    Refused,
+    RequestVote,
+    Restored,
+    Role,
+    Snapshot,
+    SnapshotReply,
+    SteppedDown,
+    Suspicious,
+    TimeoutNow,
+    VoteReply,
+    WonElection,
+)
+from lock_manager.core.raft.membership import encode_configuration
+
+MEMBERS = Configuration(tuple(Member(node_id=node) for node in (1, 2, 3)))
+
+
+def make(node: int = 1, restored: Restored | None = None, **changes: object) -> RaftCore:
+    config = RaftConfig(node_id=node, bootstrap=MEMBERS, **changes)  # type: ignore[arg-type]
+    return RaftCore(config, restored or Restored(), random.Random(7).randrange, 0)
+
+
+def settle(core: RaftCore) -> list[Effects]:
+    """Drains and syncs until nothing is left."""
+    drained = []
+    while core.has_effects:
+        effects = core.drain()
+        drained.append(effects)
+        if effects.persist is not None:
+            core.persisted(effects.persist.seq, core.state.now_ms)
+    return drained
+
+
+def leader(**changes: object) -> RaftCore:
+    """Node 1, elected by node 2, its no-op committed by node 2."""
+    core = make(**changes)
+    core.campaign(0)
+    settle(core)
+    core.step(VoteReply(sender=2, to=1, term=1, granted=True, pre_vote=True), 0)
+    settle(core)
+    core.step(VoteReply(sender=2, to=1, term=1, granted=True), 0)
+    settle(core)
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=1), 0)
+    settle(core)
+    assert core.role is Role.LEADER
+    assert core.commit_index == 1
+    return core
+
+
+# -------------------------------------------------------------------------- what must precede what
+
+
+def test_a_vote_leaves_only_after_it_is_durable() -> None:
+    core = make(2)
+    core.step(RequestVote(sender=1, to=2, term=3, last_index=0, last_term=0), 1)
+    effects = core.drain()
+    assert effects.messages == []
+    assert effects.persist is not None
+    assert effects.persist.hard_state == HardState(3, 1)
+    core.persisted(effects.persist.seq, 2)
+    assert core.drain().messages == [VoteReply(sender=2, to=1, term=3, granted=True)]
+
+
+def test_a_vote_of_a_term_that_passed_meanwhile_never_leaves() -> None:
+    core = make(2)
+    core.step(RequestVote(sender=1, to=2, term=3, last_index=0, last_term=0), 1)
+    first = core.drain()
+    core.step(RequestVote(sender=3, to=2, term=4, last_index=0, last_term=0), 1)
+    second = core.drain()
+    assert first.persist is not None
+    assert second.persist is not None
+    core.persisted(first.persist.seq, 2)
+    assert core.drain().messages == []
+    core.persisted(second.persist.seq, 2)
+    assert core.drain().messages == [VoteReply(sender=2, to=3, term=4, granted=True)]
+
+
+def test_entries_are_acknowledged_once_for_all_that_became_durable() -> None:
+    core = make(2)
+    for index in (1, 2, 3):
+        entry = Entry(index, 1, EntryKind.COMMAND, b"x")
+        append = AppendEntries(
+            sender=1,
+            to=2,
+            term=1,
+            prev_index=index - 1,
+            prev_term=min(index - 1, 1),
+            entries=(entry,),
+        )
+        core.step(append, 1)
+    effects = core.drain()
+    assert effects.messages == []
+    assert effects.persist is not None
+    assert len(effects.persist.entries) == 3
+    core.persisted(effects.persist.seq, 1)
+    assert [m.match_index for m in core.drain().messages if isinstance(m, AppendReply)] == [3]
+
+
+def test_a_heartbeat_is_answered_at_once_but_only_vouches_for_what_is_durable() -> None:
+    core = make(2)
+    entry = Entry(1, 1, EntryKind.COMMAND, b"x")
+    core.step(AppendEntries(sender=1, to=2, term=1, prev_index=0, prev_term=0, entries=(entry,)), 1)
+    effects = core.drain()
+    core.step(AppendEntries(sender=1, to=2, term=1, prev_index=1, prev_term=1, read_round=5), 1)
+    reply = core.drain().messages[0]
+    assert isinstance(reply, AppendReply)
+    assert (reply.success, reply.match_index, reply.read_round) == (True, 0, 5)
+    assert effects.persist is not None
+    core.persisted(effects.persist.seq, 1)
+    late = core.drain().messages[0]
+    assert isinstance(late, AppendReply)
+    assert late.match_index == 1
+
+
+def test_the_leader_replicates_beside_its_own_fsync_and_counts_itself_after_it() -> None:
+    core = leader()
+    assert core.propose([b"a", b"b"]) == Accepted(1, 2, 3)
+    effects = core.drain()
+    assert {m.to for m in effects.messages if isinstance(m, AppendEntries)} >= {2}
+    assert effects.persist is not None
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=3), 1)
+    assert core.drain().committed == []
+    core.persisted(effects.persist.seq, 1)
+    assert [entry.payload for entry in core.drain().committed] == [b"a", b"b"]
+
+
+def test_two_others_commit_without_the_leaders_disk() -> None:
+    core = leader()
+    core.propose([b"a"])
+    core.drain()
+    for peer in (2, 3):
+        core.step(AppendReply(sender=peer, to=1, term=1, success=True, match_index=2), 1)
+    assert core.commit_index == 2
+
+
+def test_one_drain_makes_one_write_and_one_message_a_peer_of_a_whole_batch() -> None:
+    core = leader()
+    core.step(AppendReply(sender=3, to=1, term=1, success=True, match_index=1), 0)
+    settle(core)
+    for _ in range(10):
+        core.propose([b"x"] * 50)
+    effects = core.drain()
+    assert effects.persist is not None
+    assert len(effects.persist.entries) == 500
+    appends = [m for m in effects.messages if isinstance(m, AppendEntries)]
+    assert sorted((m.to, len(m.entries)) for m in appends) == [(2, 500), (3, 500)]
+
+
+def test_sending_ahead_stops_at_the_window() -> None:
+    core = leader(max_inflight_messages=3, max_message_entries=2)
+    core.propose([b"x"] * 20)
+    sent = [m for m in core.drain().messages if m.to == 2]
+    assert [len(m.entries) for m in sent if isinstance(m, AppendEntries)] == [2, 2, 2]
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=3), 1)
+    sent = [m for m in core.drain().messages if m.to == 2]
+    assert [len(m.entries) for m in sent if isinstance(m, AppendEntries)] == [2]
+
+
+def test_a_dead_peer_costs_no_entries() -> None:
+    core = leader()  # node 3 never answered its first probe
+    for _ in range(20):
+        core.propose([b"x" * 1000])
+        to_dead = [m for m in core.drain().messages if m.to == 3]
+        assert all(m.entries == () for m in to_dead if isinstance(m, AppendEntries))
+        assert len(to_dead) <= 2
+
+
+def test_committed_entries_come_in_bounded_batches() -> None:
+    core = leader(max_apply_entries=10)
+    core.propose([b"x"] * 25)
+    core.drain()
+    core.persisted(core.state.log.seq, 1)
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=26), 1)
+    sizes = []
+    while core.has_effects:
+        sizes.append(len(core.drain().committed))
+    assert [size for size in sizes if size] == [10, 10, 5]
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def test_proposals_are_refused_with_a_reason() -> None:
+    assert make().propose([b"x"]) == Refused(Refusal.NOT_LEADER)
+    core = leader(max_uncommitted_bytes=100)
+    assert isinstance(core.propose([b"x" * 101]), Accepted)
+    assert core.propose([b"x"]) == Refused(Refusal.OVERLOADED)
+    settle(core)
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=2), 1)
+    assert isinstance(core.propose([b"x"]), Accepted)
+    assert core.transfer(2, 1) is None
+    assert core.propose([b"x"]) == Refused(Refusal.TRANSFERRING)
+
+
+def test_a_paused_leader_does_not_blame_its_peers() -> None:
+    core = leader()
+    core.tick(10_000)  # stopped for ten seconds
+    assert core.role is Role.LEADER
+    core.tick(10_299)
+    core.tick(10_310)
+    assert core.role is not Role.LEADER  # now they really were silent for a whole timeout
+    assert any(isinstance(note, SteppedDown) for note in core.drain().notes)
+
+
+def test_an_idle_leader_wakes_only_for_heartbeats() -> None:
+    core = leader()
+    start = core.next_deadline_ms
+    wakes = 0
+    now = 0
+    while now < start + 1_000:
+        now = core.next_deadline_ms
+        core.tick(now)
+        core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=1), now)
+        settle(core)
+        wakes += 1
+    assert wakes <= 25
+
+
+def test_a_broken_connection_with_the_leader_brings_an_election_soon() -> None:
+    core = make(2)
+    core.step(AppendEntries(sender=1, to=2, term=1, prev_index=0, prev_term=0), 100)
+    settle(core)
+    assert core.next_deadline_ms >= 400
+    core.peer_disconnected(3, 110)
+    assert core.next_deadline_ms >= 400
+    core.peer_disconnected(1, 110)
+    assert core.next_deadline_ms <= 161
+
+
+def test_a_single_node_leads_and_commits_alone() -> None:
+    core = RaftCore(
+        RaftConfig(node_id=1, bootstrap=Configuration((Member(node_id=1),))),
+        Restored(),
+        random.Random(1).randrange,
+        0,
+    )
+    core.campaign(0)
+    notes = [note for effects in settle(core) for note in effects.notes]
+    assert any(isinstance(note, WonElection) for note in notes)
+    core.propose([b"x"])
+    assert [e.payload for one in settle(core) for e in one.committed] == [b"x"]
+    core.read_index(9)
+    assert [ready.read_id for one in settle(core) for ready in one.reads_ready] == [9]
+
+
+# ------------------------------------------------------------------------------------ hostile peers
+
+
+def test_a_leaders_committed_entries_are_never_overwritten() -> None:
+    core = make(2)
+    good = AppendEntries(
+        sender=1,
+        to=2,
+        term=1,
+        prev_index=0,
+        prev_term=0,
+        entries=(Entry(1, 1, EntryKind.COMMAND, b"x"),),
+        commit=1,
+    )
+    core.step(good, 1)
+    settle(core)
+    bad = AppendEntries(
+        sender=3,
+        to=2,
+        term=2,
+        prev_index=0,
+        prev_term=0,
+        entries=(Entry(1, 2, EntryKind.COMMAND, b"y"),),
+    )
+    core.step(bad, 2)
+    notes = [note for effects in settle(core) for note in effects.notes]
+    assert any(isinstance(note, Suspicious) for note in notes)
+    assert core.entry_term(1) == 1
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        (Entry(2, 1, EntryKind.COMMAND, b""),),  # a gap
+        (Entry(1, 9, EntryKind.COMMAND, b""),),  # of a term above the sender's
+        (Entry(1, 2, EntryKind.COMMAND, b""), Entry(2, 1, EntryKind.COMMAND, b"")),  # decreasing
+        (Entry(1, 2, EntryKind.CONFIGURATION, b"\xc1"),),  # not readable
+    ],
+)
+def test_entries_that_cannot_be_a_log_are_left_alone(entries: tuple[Entry, ...]) -> None:
+    core = make(2)
+    core.step(AppendEntries(sender=1, to=2, term=2, prev_index=0, prev_term=0, entries=entries), 1)
+    notes = [note for effects in settle(core) for note in effects.notes]
+    assert any(isinstance(note, Suspicious) for note in notes)
+    assert core.last_index == 0
+
+
+small = st.integers(0, 6)
+terms = st.integers(0, 4)
+peers = st.sampled_from([1, 2, 3, 4])
+entry_lists = st.lists(
+    st.builds(
+        Entry,
+        index=small,
+        term=terms,
+        kind=st.sampled_from(list(EntryKind)),
+        payload=st.sampled_from([b"", b"x", encode_configuration(MEMBERS)]),
+    ),
+    max_size=4,
+).map(tuple)
+messages = st.one_of(
+    st.builds(
+        RequestVote,
+        sender=peers,
+        to=peers,
+        term=terms,
+        last_index=small,
+        last_term=terms,
+        pre_vote=st.booleans(),
+        transfer=st.booleans(),
+    ),
+    st.builds(
+        VoteReply,
+        sender=peers,
+        to=peers,
+        term=terms,
+        granted=st.booleans(),
+        pre_vote=st.booleans(),
+    ),
+    st.builds(
+        AppendEntries,
+        sender=peers,
+        to=peers,
+        term=terms,
+        prev_index=small,
+        prev_term=terms,
+        entries=entry_lists,
+        commit=small,
+        read_round=small,
+        stamp_ms=small,
+    ),
+    st.builds(
+        AppendReply,
+        sender=peers,
+        to=peers,
+        term=terms,
+        success=st.booleans(),
+        match_index=small,
+        prev_index=small,
+        hint_index=small,
+        hint_term=terms,
+        read_round=small,
+    ),
+    st.builds(
+        InstallSnapshot,
+        sender=peers,
+        to=peers,
+        term=terms,
+        index=small,
+        index_term=terms,
+        configuration=st.just(MEMBERS),
+        offset=small,
+        data=st.binary(max_size=3),
+        total_bytes=small,
+    ),
+    st.builds(SnapshotReply, sender=peers, to=peers, term=terms, index=small, next_offset=small),
+    st.builds(TimeoutNow, sender=peers, to=peers, term=terms),
+)
+own_calls = st.sampled_from(["campaign", "tick", "propose", "read", "transfer", "add", "remove"])
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.one_of(messages, own_calls), max_size=40), st.booleans())
+def test_no_sequence_of_messages_makes_the_core_raise_or_break_its_own_state(
+    sequence: list[Message | str], as_leader: bool
+) -> None:
+    core = leader() if as_leader else make(1)
+    checker = RaftChecker(contents=False)
+    disk = DiskImage(
+        Restored(
+            hard_state=HardState(core.term, core.voted_for),
+            snapshot=Snapshot(),
+            entries=tuple(core.state.log.entries),
+        )
+    )
+    checker.started(1, disk)
+    # Liars may claim to lead or to hold anything: only promises about this node can be checked.
+    checker._check_commit = lambda *_: None  # type: ignore[method-assign]
+    checker._check_matching = lambda *_: None  # type: ignore[method-assign]
+    now = 0
+    for item in sequence:
+        now += 60
+        match item:
+            case "campaign":
+                core.campaign(now)
+            case "tick":
+                core.tick(now)
+            case "propose":
+                core.propose([b"p"])
+            case "read":
+                core.read_index(now)
+            case "transfer":
+                core.transfer(2, now)
+            case "add":
+                core.add(Member(node_id=4))
+            case "remove":
+                core.remove(3)
+            case str():
+                raise AssertionError(item)
+            case message:
+                core.step(message, now)
+        while core.has_effects:
+            effects = core.drain()
+            checker.drained(1, core, effects)
+            if effects.persist is not None:
+                checker.stored(1, effects.persist)
+                core.persisted(effects.persist.seq, now)
