@@ -12,10 +12,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
 
+from lock_manager.api.directory import Directory
 from lock_manager.api.errors import ApiError, NotLeader
 from lock_manager.api.events import EventHub
+from lock_manager.api.operators import Operators
 from lock_manager.api.pending import Desk, Pending, Proposed
 from lock_manager.api.reads import Reads
 from lock_manager.api.reporting import Reporter
@@ -47,8 +48,6 @@ from lock_manager.core.raft import (
     Message,
     Note,
     RaftConfig,
-    Refusal,
-    Refused,
     Role,
     SteppedDown,
     Suspicious,
@@ -59,7 +58,6 @@ from lock_manager.core.raft.core import RaftCore
 from lock_manager.metrics import Metrics
 from lock_manager.storage import Store, StoreFailed
 from lock_manager.transport import Links
-from lock_manager.transport.directory import Directory
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +68,6 @@ BATCHES_UNDER_WAY = 2
 STAMP_EVERY_MS = 1_000
 SNAPSHOT_EVERY_ENTRIES = 20_000
 KEEP_ENTRIES = 2_000  # behind a snapshot, for followers that are a little late
-TRANSFER_S = 1.5
 
 
 class Node:
@@ -82,7 +79,8 @@ class Node:
         self._metrics = metrics
         self._reporter = Reporter(metrics, events)
         self._events = events
-        self.halted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        # Ends the process: (exit code, why).
+        self.halted: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         bootstrap = Configuration(
             () if config.join else tuple(Member(node_id=i + 1) for i in range(len(config.peers)))
@@ -99,7 +97,6 @@ class Node:
         self._clock = ClusterClock()
         self._desk = Desk()
         self._reads = Reads()
-        self._changes: dict[int, tuple[int, asyncio.Future[None]]] = {}  # configurations by index
         self._logged_ms = 0  # cluster time of the last stamp that this leader proposed
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -113,6 +110,7 @@ class Node:
         )
         self.book = PeerBook(self.me, store.peers, store.bind_peer)
         self._directory = Directory(config, self.book)
+        self.operators = Operators(self._core, self._directory, self._now_ms, self._wake)
         self.links: Links | None = None
 
     @property
@@ -153,12 +151,13 @@ class Node:
             self._record_members()
         self._wake()
 
-    def halt(self, reason: str) -> None:
-        """Stop at once; `server` ends the process with exit code 1."""
+    def halt(self, reason: str, code: int = 1) -> None:
+        """Take no further part; `server` ends the process with this exit code."""
         if not self.halted.done():
             self._stopping = True
-            self._desk.leadership_lost()
-            self.halted.set_result(reason)
+            self._give_up_leadership()
+            self._desk.refuse_mail(self.operators.elsewhere())
+            self.halted.set_result((code, reason))
 
     # --------------------------------------------------------------------------------------- flush
 
@@ -171,12 +170,20 @@ class Node:
         self._flush_scheduled = False
         if self.halted.done() or self.links is None:
             return
+        try:
+            self._do_what_is_due(self.links)
+        except Exception as error:
+            # A node that could not apply an entry would differ from the others from now on.
+            log.exception("a bug, or a log that this version cannot read")
+            self.halt(f"cannot go on after {type(error).__name__}: {error}")
+
+    def _do_what_is_due(self, links: Links) -> None:
         core = self._core
         self._propose()
         self._reads.ask(core.read_index)
         while core.has_effects:
             effects = core.drain()
-            self.links.send(effects.messages)
+            links.send(effects.messages)
             if effects.persist is not None:
                 self._store.submit(effects.persist)
             if effects.restore is not None:
@@ -189,7 +196,7 @@ class Node:
                 self._reads.confirm(ready.read_id, ready.index)
             self._reads.serve(self._applied)
             for read_id in effects.reads_refused:
-                self._reads.refuse(read_id, self._elsewhere())
+                self._reads.refuse(read_id, self.operators.elsewhere())
             if effects.committed:
                 self._propose()
                 self._compact()
@@ -199,8 +206,7 @@ class Node:
         """Put what gathered into the log, or the time, if something ends by it."""
         if not self._leads:
             if self._desk.has_mail:
-                for pending in self._desk.take_mail():
-                    pending.fail(self._elsewhere())
+                self._desk.refuse_mail(self.operators.elsewhere())
             return
         cluster_ms = self._clock.observe(self._now_ms())
         self._core.advance_stamp(cluster_ms)
@@ -232,12 +238,8 @@ class Node:
                 result.first_index, Proposed(result.term, batch, mail, self._loop.time())
             )
             return True
-        if result.reason is Refusal.TRANSFERRING:
-            error = ApiError(503, "Leadership is being handed over", headers={"Retry-After": "1"})
-            for pending in mail:
-                pending.fail(error)
-        else:
-            self._desk.put_back(mail)
+        # Too much under way, or leadership is being handed over: soon it is taken, or redirected.
+        self._desk.put_back(mail)
         return False
 
     # --------------------------------------------------------------------------------------- apply
@@ -245,13 +247,7 @@ class Node:
     def _apply(self, entry: Entry) -> None:
         self._applied = entry.index
         own = self._desk.take_proposed(entry.index, entry.term)
-        change = self._changes.pop(entry.index, None)
-        if change is not None and not change[1].done():
-            term, waiting = change
-            if term == entry.term:
-                waiting.set_result(None)
-            else:
-                waiting.set_exception(self._elsewhere())
+        self.operators.applied(entry)
         if entry.kind is not EntryKind.COMMAND:
             self._machine.applied_index = entry.index
             return
@@ -302,7 +298,7 @@ class Node:
                 self._follow_configuration(configuration)
             case ConfigurationCommitted(_, _, included):
                 if not included:
-                    self.halt("this node was removed from the cluster")
+                    self.halt("this node was removed from the cluster", code=0)
             case TransferEnded(target):
                 log.warning(
                     "leadership was not handed over to %s in time", self._directory.name(target)
@@ -323,12 +319,8 @@ class Node:
 
     def _give_up_leadership(self) -> None:
         self._desk.leadership_lost()
-        self._reads.refuse_all(self._elsewhere())
-        unknown = ApiError(503, "Leadership lost", headers={"Retry-After": "1"}, definite=False)
-        for _, waiting in self._changes.values():
-            if not waiting.done():
-                waiting.set_exception(unknown)
-        self._changes.clear()
+        self._reads.refuse_all(self.operators.elsewhere())
+        self.operators.leadership_lost()
 
     def _follow_configuration(self, configuration: Configuration) -> None:
         self.book.follow(configuration)
@@ -364,7 +356,7 @@ class Node:
 
     async def execute(self, command: Command) -> Reply:
         if self._stopping or not self._leads:
-            raise self._elsewhere()
+            raise self.operators.elsewhere()
         if isinstance(command, ForceRelease):
             log.warning(
                 "operator releases lock %r (client %r): %s",
@@ -385,7 +377,7 @@ class Node:
 
     async def confirm_leadership(self) -> None:
         if not self._leads:
-            raise self._elsewhere()
+            raise self.operators.elsewhere()
         self._wake()
         await self._reads.confirmed(self._loop)
 
@@ -427,6 +419,21 @@ class Node:
             **progress_of(self._core, position),
         }
 
+    def measure(self) -> Metrics:
+        metrics = self._metrics
+        metrics.is_leader = int(self._leads)
+        metrics.term = self._core.term
+        metrics.applied_index = self._applied
+        metrics.locks = len(self._machine.table.locks)
+        metrics.waiters = len(self._machine.table.waiters)
+        if self.links is not None:
+            counters = self.links.counters
+            metrics.peers_connected = len(self.links.connected)
+            metrics.peer_frames_sent = counters.frames_sent
+            metrics.peer_messages_sent = counters.messages_sent
+            metrics.peer_messages_dropped = counters.dropped
+        return metrics
+
     def not_ready_because(self) -> str | None:
         if self._stopping:
             return "The node is stopping"
@@ -434,72 +441,18 @@ class Node:
             return "No leader"
         return None
 
-    # -------------------------------------------------------------------------------- operators
-
-    async def transfer(self, target: str | None) -> str:
-        if not self._leads:
-            raise self._elsewhere()
-        candidates = [peer for peer in self._core.progress() if peer.voter]
-        if target is not None:
-            candidates = [p for p in candidates if self._directory.name(p.node_id) == target]
-        if not candidates:
-            raise ApiError(409, "No such voter to hand leadership to", target=target)
-        chosen = max(candidates, key=lambda peer: (peer.match_index, -peer.silent_ms))
-        refused = self._core.transfer(chosen.node_id, self._now_ms())
-        self._wake()
-        if refused is not None:
-            raise ApiError(409, "Not possible now", reason=refused.reason.value)
-        deadline = self._loop.time() + TRANSFER_S
-        while self._core.leader_id in (None, self._config.position):
-            if self._loop.time() > deadline:
-                break
-            await asyncio.sleep(0.01)
-        if self._core.leader_id != chosen.node_id:
-            raise ApiError(503, "Leadership was not handed over in time", definite=False)
-        return self._directory.name(chosen.node_id) or str(chosen.node_id)
-
-    async def add_member(self, name: str, raft_addr: str, http_addr: str) -> int:
-        configuration = self._core.configuration
-        if self._directory.find(configuration, name) is not None:
-            raise ApiError(409, "Already a member", id=name)
-        member = Member(
-            node_id=self._directory.free_position(configuration, raft_addr),
-            name=name,
-            raft_addr=raft_addr,
-            http_addr=http_addr,
-        )
-        await self._change(lambda: self._core.add(member))
-        return member.node_id
-
-    async def remove_member(self, name: str) -> int:
-        member = self._directory.find(self._core.configuration, name)
-        if member is None:
-            raise ApiError(409, "Not a member", id=name)
-        await self._change(lambda: self._core.remove(member.node_id))
-        return member.node_id
-
-    async def _change(self, propose: Callable[[], Accepted | Refused]) -> None:
-        if not self._leads:
-            raise self._elsewhere()
-        result = propose()
-        if isinstance(result, Refused):
-            raise ApiError(409, "Not possible now", reason=result.reason.value)
-        done: asyncio.Future[None] = self._loop.create_future()
-        self._changes[result.last_index] = (result.term, done)
-        self._wake()
-        await done
-
     async def stop(self) -> None:
         """Hand leadership over, then answer whoever still waits. The store is closed by its
         owner."""
         if self._leads and len(self._core.configuration.voters) > 1:
             try:
-                name = await self.transfer(None)
+                name = await self.operators.transfer(None)
                 log.info("leadership handed over to %s", name)
             except (ApiError, NotLeader) as error:
                 log.warning("leadership could not be handed over: %s", error)
         self._stopping = True
         self._give_up_leadership()
+        self._desk.refuse_mail(self.operators.elsewhere())
         if self._timer is not None:
             self._timer.cancel()
 
@@ -510,6 +463,3 @@ class Node:
 
     def _leader(self) -> tuple[str | None, str | None]:
         return self._directory.leader(self._core.configuration, self._core.leader_id)
-
-    def _elsewhere(self) -> NotLeader:
-        return NotLeader(*self._leader())

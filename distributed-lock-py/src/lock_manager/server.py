@@ -76,11 +76,14 @@ async def serve(config: Config, store: Store, raft: socket.socket, http: socket.
     peers = web.Application()
     peers.router.add_get(LINK_PATH, links.accept)
     runners: list[web.AppRunner] = []
+    listeners: list[asyncio.Server] = []
     code = 0
     try:
         app = application.build(node, config, metrics, events)
         for made, listening in ((peers, raft), (app, http)):
-            runners.append(await listen(made, listening, config))
+            runner, listener = await listen(made, listening, config)
+            runners.append(runner)
+            listeners.append(listener)
         node.start(links)
         log.info("serving clients on %s://%s", config.scheme, config.http_addr)
         log.info("serving peers on %s (position %d)", config.raft_addr, config.position)
@@ -88,15 +91,17 @@ async def serve(config: Config, store: Store, raft: socket.socket, http: socket.
         await asyncio.wait((stopping, node.halted), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if node.halted.done():
-            log.critical("halting: %s", node.halted.result())
-            code = 1
+            code, reason = node.halted.result()
+            log.log(logging.CRITICAL if code else logging.WARNING, "halting: %s", reason)
         else:
             log.info("stopping")
+        listeners[-1].close()  # no new clients; peers are needed to hand leadership over
         async with asyncio.timeout(STOP_WITHIN_S):
             if not code:
                 await node.stop()
             events.close()
             await links.stop()
+            listeners[0].close()
             for runner in runners:
                 await runner.cleanup()
             if not code:
@@ -107,7 +112,9 @@ async def serve(config: Config, store: Store, raft: socket.socket, http: socket.
     return code
 
 
-async def listen(app: web.Application, listening: socket.socket, config: Config) -> web.AppRunner:
+async def listen(
+    app: web.Application, listening: socket.socket, config: Config
+) -> tuple[web.AppRunner, asyncio.Server]:
     """Serve `app` on a bound socket."""
     # handler_cancellation: a handler whose client hung up is cancelled.
     runner = web.AppRunner(
@@ -115,10 +122,10 @@ async def listen(app: web.Application, listening: socket.socket, config: Config)
     )
     await runner.setup()
     ssl_context = tls.server_context(config.tls) if config.tls else None
-    await asyncio.get_running_loop().create_server(
+    listener = await asyncio.get_running_loop().create_server(
         connection.factory(runner), sock=listening, ssl=ssl_context, backlog=1024
     )
-    return runner
+    return runner, listener
 
 
 def stop_requested() -> asyncio.Event:

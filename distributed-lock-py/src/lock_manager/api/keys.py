@@ -5,7 +5,7 @@ The api never imports the node: it sees `Service`, the few things a handler may 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
@@ -16,12 +16,18 @@ from lock_manager.core.locks.replies import Reply
 from lock_manager.core.locks.views import Edge, LockView
 from lock_manager.metrics import Metrics
 
+if TYPE_CHECKING:
+    from lock_manager.api.operators import Operators
+
 
 class Service(Protocol):
     """The node, as its HTTP handlers know it."""
 
     def status(self) -> dict[str, object]:
         """The body of GET /status."""
+
+    def measure(self) -> Metrics:
+        """The metrics, with the gauges as they are now."""
 
     def not_ready_because(self) -> str | None:
         """None when the node can serve, else the reason."""
@@ -47,14 +53,8 @@ class Service(Protocol):
 
     def validate(self, lock_name: str, fencing_token: int) -> bool: ...
 
-    async def transfer(self, target: str | None) -> str:
-        """Hand leadership over to the named node, or the one that is furthest; returns its name
-        once it leads. Raises NotLeader, ApiError."""
-
-    async def add_member(self, name: str, raft_addr: str, http_addr: str) -> int:
-        """Returns the new node's position once the change is committed."""
-
-    async def remove_member(self, name: str) -> int: ...
+    @property
+    def operators(self) -> Operators: ...
 
 
 SERVICE = web.AppKey("service", Service)

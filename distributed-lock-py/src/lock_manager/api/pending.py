@@ -179,15 +179,18 @@ class Desk:
         return []
 
     def leadership_lost(self) -> None:
-        """Nobody will be answered by this node any more."""
-        self._fail(self._inbox, not_leader_any_more(definite=True))
+        """Nobody whose command is in the log will be answered by this node any more."""
         for proposed in self._proposed.values():
             self._fail(proposed.pendings, not_leader_any_more(definite=False))
         for pendings in self._queued.values():
             self._fail(pendings, not_leader_any_more(definite=False))
-        self._inbox.clear()
         self._proposed.clear()
         self._queued.clear()
+
+    def refuse_mail(self, error: Exception) -> None:
+        """What was not proposed is refused: it had no effect."""
+        self._fail(self._inbox, error)
+        self._inbox.clear()
 
     @staticmethod
     def _fail(pendings: Iterable[Pending], error: Exception) -> None:

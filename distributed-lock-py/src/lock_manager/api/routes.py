@@ -9,7 +9,7 @@ from aiohttp import web
 
 from lock_manager.api.answers import respond
 from lock_manager.api.errors import ApiError, json_response
-from lock_manager.api.keys import EVENTS, METRICS, REQUEST_ID, SERVICE, Service
+from lock_manager.api.keys import EVENTS, REQUEST_ID, SERVICE, Service
 from lock_manager.api.openapi import Route, document
 from lock_manager.api.schemas import (
     AcquireBody,
@@ -112,15 +112,15 @@ async def force_release(request: web.Request) -> web.Response:
 
 async def transfer(request: web.Request) -> web.Response:
     body = await read_json(request, _transfer)
-    leader_id = await request.app[SERVICE].transfer(body.target)
+    leader_id = await request.app[SERVICE].operators.transfer(body.target)
     return json_response({"status": "transferred", "leader_id": leader_id})
 
 
 async def members(request: web.Request) -> web.Response:
     body = await read_json(request, _members)
-    service = request.app[SERVICE]
+    operators = request.app[SERVICE].operators
     if body.action == "remove":
-        position = await service.remove_member(body.id)
+        position = await operators.remove(body.id)
         return json_response({"status": "removed", "id": body.id, "position": position})
     for field, value in (("raft_addr", body.raft_addr), ("http_addr", body.http_addr)):
         if value is None:
@@ -131,7 +131,7 @@ async def members(request: web.Request) -> web.Response:
         http_addr = str(Address.parse(body.http_addr or "", "http_addr"))
     except ConfigError as e:
         raise ApiError(400, "Invalid field", detail=str(e)) from None
-    position = await service.add_member(name, raft_addr, http_addr)
+    position = await operators.add(name, raft_addr, http_addr)
     return json_response({"status": "added", "id": name, "position": position})
 
 
@@ -158,12 +158,13 @@ async def metrics(request: web.Request) -> web.Response:
     asked = request.query.get("format") or (
         "prometheus" if "text/plain" in accept or "openmetrics" in accept else "json"
     )
+    found = request.app[SERVICE].measure()
     if asked == "prometheus":
         return web.Response(
-            body=request.app[METRICS].as_prometheus(),
+            body=found.as_prometheus(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
-    return json_response(request.app[METRICS].as_json())
+    return json_response(found.as_json())
 
 
 async def events(request: web.Request) -> web.StreamResponse:
