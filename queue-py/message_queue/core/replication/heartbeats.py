@@ -14,6 +14,9 @@ from message_queue.core.replication.desk import Desk
 from message_queue.core.replication.peers import Peer
 from message_queue.core.replication.seat import Seat
 
+STAGGER_MS = 40
+"""Better owners stand for election this much earlier than the next."""
+
 
 class Heartbeats:
     """Both sides of the exchange."""
@@ -83,7 +86,7 @@ class Heartbeats:
             ):
                 refused.append((partition, epoch, seat.state.promised))
         if peer.hears_me:
-            self._released(sender, named, message.beat)
+            self._released(sender, named, message.beat, now_ms)
         desk.send(
             sender,
             HeartbeatAnswer(message.beat, peer.incarnation, self._clock.ms, tuple(refused)),
@@ -120,8 +123,9 @@ class Heartbeats:
         seat.grant(epoch, beat, now_ms + config.lease_ms)
         return True
 
-    def _released(self, sender: int, named: dict[int, int], beat: int) -> None:
+    def _released(self, sender: int, named: dict[int, int], beat: int, now_ms: int) -> None:
         """What a live node no longer names, it does not own: epochs are never resumed."""
+        config = self._desk.config
         for partition, seat in self._seats.items():
             epoch = seat.lease_epoch
             if (
@@ -130,6 +134,10 @@ class Heartbeats:
                 and beat > seat.lease_beat
                 and named.get(partition) != epoch
             ):
+                if now_ms < seat.lease_until_ms:
+                    # It stepped back without a word: whoever stands next need not wait.
+                    rank = config.replicas(partition).index(config.node)
+                    seat.elect_ms = min(seat.elect_ms, now_ms + (rank + 1) * STAGGER_MS)
                 seat.release()
 
     def answered(self, sender: int, message: HeartbeatAnswer, now_ms: int) -> None:

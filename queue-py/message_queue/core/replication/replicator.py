@@ -45,7 +45,7 @@ from message_queue.core.replication.config import ReplicationConfig
 from message_queue.core.replication.desk import Answer, Desk, OwnPromise, OwnStored
 from message_queue.core.replication.drafts import Accepted, Draft, NotOwner
 from message_queue.core.replication.effects import Effects, Lost, Read
-from message_queue.core.replication.heartbeats import Heartbeats
+from message_queue.core.replication.heartbeats import STAGGER_MS, Heartbeats
 from message_queue.core.replication.peers import Peer
 from message_queue.core.replication.replica import Replica
 from message_queue.core.replication.seat import Seat
@@ -57,7 +57,6 @@ from message_queue.core.replication.validation import plausible
 CLOCK_RECORD_MS = 1_000
 YIELD_TIMEOUT_MS = 1_000
 YIELDS_AT_ONCE = 8
-STAGGER_MS = 40
 
 
 class Replicator:
@@ -92,7 +91,8 @@ class Replicator:
             if seat.state.promised:
                 # The lease that this node may have given before it went down.
                 seat.grant(seat.state.promised, 0, now_ms + config.lease_ms)
-                seat.elect_ms += config.lease_ms
+                if owner_of(seat.state.promised) != config.node:
+                    seat.elect_ms += config.lease_ms
 
     # -- questions -------------------------------------------------------------------------------
 
