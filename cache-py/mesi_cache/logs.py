@@ -89,9 +89,8 @@ class Narrator:
     At most TRANSITIONS_PER_S lines a second: logging must not be what a busy node does.
     """
 
-    def __init__(self, name: Callable[[str], str], publish: Callable[..., None]) -> None:
-        """`name` turns a member's URL into its id; `publish` feeds the event stream."""
-        self._name = name
+    def __init__(self, publish: Callable[..., None]) -> None:
+        """`publish` feeds the event stream."""
         self._publish = publish
         self._log = logging.getLogger("mesi_cache.transitions")
         self._window_s = 0.0
@@ -106,7 +105,7 @@ class Narrator:
             return
         self._publish("transition", word=word, key=note.key, before=note.before, after=note.after)
         if self._may_log():
-            came = f" from={self._name(note.origin)}" if note.origin else ""
+            came = f" from={note.origin}" if note.origin else ""
             self._log.info("%s key=%s %s->%s%s", word, note.key, note.before, note.after, came)
 
     def _may_log(self) -> bool:

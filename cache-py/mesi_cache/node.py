@@ -84,12 +84,13 @@ class Node:
         self._running_own = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_ms = float("inf")
-        self._ids: dict[str, str] = {config.url: config.node_id}
+        self._ids = self._machine.names
+        self._ids[config.url] = config.node_id
         self._differ: dict[str, float] = {}  # member -> when its other member list was last seen
         self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._next_ask = 1
         self._stopping = False
-        self._narrator = Narrator(self._name, events.publish)
+        self._narrator = Narrator(events.publish)
 
     def start(self, links: Links[Wire]) -> None:
         """Begin to serve. The links may be started afterwards."""
@@ -254,6 +255,7 @@ class Node:
     # --- what the links tell --------------------------------------------------------------------
 
     def on_batch(self, hello: Hello, messages: Sequence[Wire]) -> None:
+        self._ids[hello.url] = hello.node_id
         step = self._step()
         for message in messages:
             match message:

@@ -60,12 +60,13 @@ class Machine:
         self.placement = Placement(members)
         self.counts = Counts()
         self.incarnations: dict[str, int] = {settings.me: epoch}
+        self.names: dict[str, str] = {}  # members' ids, for people; whoever drives it fills it
         self.cache = Cache(settings, self.placement, epoch, self.counts, self.incarnations)
         restored = Applied()
         for row in applied:
             restored.restore(*row)
         self.directory = Directory(
-            settings, epoch, self.counts, self.incarnations, restored, grants_from_ms
+            settings, epoch, self.counts, self.incarnations, self.names, restored, grants_from_ms
         )
 
     def receive(self, step: Step, source: str, incarnation: int, message: Message) -> None:

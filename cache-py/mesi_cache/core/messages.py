@@ -61,7 +61,7 @@ class Inv(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     key: str
     number: int
-    origin: str  # the member whose write causes it (for the log line)
+    origin: str  # the name of the member whose write causes it, for the log line
 
 
 class InvAck(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -47,7 +47,7 @@ Answer = Found | Missing | Changed | Unavailable
 
 
 class Transition(msgspec.Struct, frozen=True):
-    """A line's state changed, for the log. `origin`: the member that caused it; "": this one."""
+    """A line's state changed, for the log. `origin`: the name of who caused it; "": this node."""
 
     key: str
     before: str

@@ -101,7 +101,6 @@ class Cache(Requester):
                 return Event.DATA_M
 
     def on_inv(self, step: Step, home: str, inv: Inv) -> None:
-        self._counts.invalidations_received += 1
         line = self._line_of(inv.key, home)
         if line is None:
             self._counts.ignored += 1

@@ -157,6 +157,8 @@ class Requester:
     def _do_drop(self, step: Step, line: Line, before: State, message: Message | None) -> None:
         """The copy goes, and its slot. Changes under way go back to the head of the queue: asked
         for again under the same operation ids, they happen once whichever way they get through."""
+        if isinstance(message, Inv | Fetch):
+            self._counts.invalidations_received += 1
         del self.lines[line.key]
         line.session.lines -= 1
         line.put_until_ms = max(line.until_ms, line.session.until_ms)

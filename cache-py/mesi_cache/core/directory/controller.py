@@ -47,14 +47,16 @@ class Directory:
         epoch: int,
         counts: Counts,
         incarnations: dict[str, int],
+        names: dict[str, str],
         applied: Applied,
         grants_from_ms: float,
     ) -> None:
-        """`incarnations` is the machine's own record of its peers. `grants_from_ms`: when the last
-        lease of an earlier epoch is over (0: there was none)."""
+        """`incarnations` and `names` are the machine's own records of its peers. `grants_from_ms`:
+        when the last lease of an earlier epoch is over (0: there was none)."""
         self._settings = settings
         self._counts = counts
         self._incarnations = incarnations
+        self._names = names
         self.applied = applied
         self.grants_from_ms = grants_from_ms
         self.entries: dict[str, Entry] = {}
@@ -256,7 +258,12 @@ class Directory:
             # It can show its copy no longer, but it may still have it, and a renewal must not bring
             # it back to life. A fetch that would let it keep a copy is worth nothing now.
             self._counts.lease_waits += 1
-            self._tell(step, entry, source, Inv(entry.key, self._next_number(), self._settings.me))
+            self._tell(
+                step,
+                entry,
+                source,
+                Inv(entry.key, self._next_number(), self._name(self._settings.me)),
+            )
             self._cleared(step, entry, source, kept=False)
         if entry.waits and entry.number == number:
             self._arm(step, entry)
@@ -363,14 +370,18 @@ class Directory:
             if source != asked.source or deletes:
                 self._counts.invalidations_sent += 1
                 self._wait_for(step, entry, source, copy)
-                self._tell(step, entry, source, Inv(entry.key, entry.number, asked.source))
+                self._tell(
+                    step, entry, source, Inv(entry.key, entry.number, self._name(asked.source))
+                )
         self._arm(step, entry)
 
     def _fetch(self, step: Step, entry: Entry, asked: Asked, *, keep: bool) -> None:
         entry.number = self._next_number()
         for source, copy in entry.copies.items():
             self._wait_for(step, entry, source, copy)
-            self._tell(step, entry, source, Fetch(entry.key, entry.number, keep, asked.source))
+            self._tell(
+                step, entry, source, Fetch(entry.key, entry.number, keep, self._name(asked.source))
+            )
         self._arm(step, entry)
 
     def _wait_for(self, step: Step, entry: Entry, source: str, copy: Copy) -> None:
@@ -415,6 +426,9 @@ class Directory:
         """Nobody holds it and nobody asks: the store has it."""
         if entry.state in (State.U, State.N) and not entry.queue:
             self.entries.pop(entry.key, None)
+
+    def _name(self, member: str) -> str:
+        return self._names.get(member, member)
 
     def _next_number(self) -> int:
         self._number += 1
