@@ -6,6 +6,7 @@ from testkit.cluster.http import HttpClient, NoReply, Outcome, Reply, unverified
 from testkit.cluster.ports import Reservation, free_port
 from testkit.cluster.process import CAN_PAUSE, NodeProcess, ProcessFailure
 from testkit.cluster.proxy import LinkProxy
+from testkit.cluster.waiting import settle, until
 
 __all__ = [
     "CAN_LIMIT",
@@ -24,5 +25,7 @@ __all__ = [
     "flip_bit",
     "free_port",
     "limit_file_size",
+    "settle",
+    "until",
     "unverified",
 ]

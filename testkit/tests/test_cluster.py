@@ -26,8 +26,11 @@ from testkit.cluster import (
     flip_bit,
     free_port,
     limit_file_size,
+    settle,
+    until,
 )
 from testkit.cluster.process import _leash
+from testkit.history import History
 
 pytestmark = pytest.mark.cluster
 NODE = Path(__file__).with_name("echo_node.py")
@@ -286,3 +289,33 @@ def _exists(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
+
+
+async def test_waiting_returns_what_came_and_names_what_did_not() -> None:
+    seen = iter([None, 0, "", "here"])
+    assert await until(lambda: next(seen)) == "here"
+
+    async def never() -> bool:
+        return False
+
+    with pytest.raises(AssertionError, match="a miracle"):
+        await until(never, "a miracle", timeout_s=0.05)
+
+
+def test_outcomes_settle_operations_as_ok_failed_or_unknown() -> None:
+    def status(outcome: Reply | NoReply) -> str:
+        history = History(clock=lambda: 0)
+        operation = history.invoke("c", "write", "k", 1)
+        assert settle(history, operation, outcome, lambda reply: reply.json["v"]) == (
+            operation.status == "ok"
+        )
+        return f"{operation.status} {operation.result}"
+
+    head = b"HTTP/1.1 200 OK"
+    assert status(Reply(201, head, b'{"v":7}')) == "ok 7"
+    assert status(Reply(409, head, b'{"error":"no"}')) == "fail None"
+    assert status(Reply(503, head, b'{"error":"No leader"}')) == "fail None"
+    assert status(Reply(503, head, b'{"error":"Timed out","definite":false}')) == "unknown None"
+    assert status(Reply(502, head, b"<html>")) == "unknown None"
+    assert status(NoReply("refused", True)) == "fail None"
+    assert status(NoReply("timeout", False)) == "unknown None"
