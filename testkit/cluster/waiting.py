@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Container
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar, overload
 
 from testkit.cluster.http import Outcome, Reply
 from testkit.history import History, Operation
@@ -16,13 +16,29 @@ DEADLINE_S: Final = 20.0
 SUCCESS: Final = range(200, 300)
 
 
+@overload
 async def until(
-    condition: Callable[[], T | Awaitable[T | None] | None],
+    condition: Callable[[], Awaitable[T | None]],
     what: str = "",
     *,
     timeout_s: float = DEADLINE_S,
     poll_s: float = 0.02,
-) -> T:
+) -> T: ...
+@overload
+async def until(
+    condition: Callable[[], T | None],
+    what: str = "",
+    *,
+    timeout_s: float = DEADLINE_S,
+    poll_s: float = 0.02,
+) -> T: ...
+async def until(
+    condition: Callable[[], Any],
+    what: str = "",
+    *,
+    timeout_s: float = DEADLINE_S,
+    poll_s: float = 0.02,
+) -> Any:
     """Poll `condition` (plain or async) until it gives something true, and return that.
 
     AssertionError naming `what` after `timeout_s`.
@@ -33,7 +49,7 @@ async def until(
         if inspect.isawaitable(found):
             found = await found
         if found:
-            return cast(T, found)
+            return found
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what or condition}"
         await asyncio.sleep(poll_s)
 
