@@ -11,19 +11,20 @@ from lock_manager.core.raft.state import Incoming, State
 
 def on_install_snapshot(state: State, chunk: InstallSnapshot) -> None:
     """Takes a chunk if it is the next one, and installs the snapshot when it is complete."""
+    max_bytes = state.config.max_snapshot_bytes
     if chunk.term < state.term:
         following.refuse(state, chunk.sender, 0, 0)
         return
     if state.leading is not None:
         state.notes.append(Suspicious(chunk.sender, "claims to lead this node's own term"))
         return
+    if not 1 <= chunk.index_term <= chunk.term or chunk.total_bytes > max_bytes:
+        state.notes.append(Suspicious(chunk.sender, "offers a snapshot that cannot be one"))
+        return
     roles.follow(state, chunk.sender)
     state.stamp_ms = max(state.stamp_ms, chunk.stamp_ms)
     if chunk.index <= state.commit_index:
         following.acknowledge(state, force=True)
-        return
-    if chunk.total_bytes > state.config.max_snapshot_bytes:
-        state.notes.append(Suspicious(chunk.sender, "offers a snapshot beyond the limit"))
         return
     incoming = _take(state, chunk)
     if incoming.received < chunk.total_bytes:
