@@ -27,6 +27,7 @@ T = TypeVar("T")
 _CHUNK: Final = 65_536
 _QUEUED_CHUNKS: Final = 64
 _CALL_S: Final = 10.0
+_LINGER_ZERO: Final = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 
 
 class _Way:
@@ -242,5 +243,5 @@ def _abort(writer: asyncio.StreamWriter) -> None:
     handle = writer.get_extra_info("socket")
     if handle is not None:
         with contextlib.suppress(OSError):
-            handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
     writer.transport.abort()
