@@ -150,7 +150,10 @@ class Cluster:
         for i, node in enumerate(self.nodes):
             if node.core is not None:
                 check_node(node.core)
-                check_state(node.core.state(P))
+                state = node.core.state(P)
+                check_state(state)
+                bare = [dot for dot in state.held.dots() if dot not in node.bodies]
+                assert not bare, f"node {i} holds {bare} without their bodies"
                 if node.core.may_serve(P, self.now_ms):
                     self.ledger.check_held(P, node.core.state(P))
                 assert node.synced <= len(node.log), f"node {i}: synced beyond its log"

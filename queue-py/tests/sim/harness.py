@@ -390,8 +390,10 @@ class QueueHarness(Harness[SimNode]):
                     self.ledger.check_held(partition, seat.state)
         if self.world.events % 16 == 0:
             if node is not None and node.core is not None:
-                for seat in node.core.seats.values():
+                for partition, seat in node.core.seats.items():
                     check_state(seat.state)
+                    for dot in seat.state.held.dots():
+                        assert (partition, *dot) in node.bodies, "held without a body"
             check_owners(
                 (other.core, other.host.now_ms())
                 for other in self.world.nodes.values()
