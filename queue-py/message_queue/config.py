@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
                    "in the same order on every node")  # fmt: skip
     p.add_argument("--dataDir", help="where this node keeps its messages (default data/<id>)")
     p.add_argument("--replication_factor", type=_positive, default=3,
-                   help="nodes that hold each message (default 3; all of a smaller cluster)")  # fmt: skip
+                   help="nodes that hold each message (default 3, or all if fewer)")  # fmt: skip
     p.add_argument("--virtual_nodes", type=_positive, default=128,
                    help="points of each node on the ring (default 128)")  # fmt: skip
     p.add_argument("--fsync", choices=("always", "interval", "never"), default="always",

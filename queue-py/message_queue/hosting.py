@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, assert_never
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, assert_never
 
 import msgspec
 
 from message_queue.api.rendering import message, messages
 from message_queue.core.delivery.model import Entry, Receipt
 from message_queue.core.delivery.owner import PartitionOwner
-from message_queue.core.ids import message_id, unpack_dot
+from message_queue.core.ids import unpack_dot
 from message_queue.core.messages import Spans
 from message_queue.core.operations import (
     Answer,
@@ -22,7 +22,6 @@ from message_queue.core.operations import (
     Extend,
     ListQueues,
     Nack,
-    NewMessage,
     Operation,
     Peek,
     Produce,
@@ -33,6 +32,7 @@ from message_queue.core.operations import (
     refusal,
     unknown_outcome,
 )
+from message_queue.dead_letters import bury, redrive
 from message_queue.metrics import Metrics
 from message_queue.storage.log import Trouble
 from message_queue.storage.store import Store
@@ -46,7 +46,6 @@ QUEUED_BYTES = 64 << 20
 WAITERS = 10_000
 """Long polls of one partition at a time."""
 _NOTHING = Answer(204)
-_BURY_RETRY_S = (0.1, 5.0)
 _json = msgspec.json.Encoder()
 
 
@@ -86,14 +85,20 @@ class Surroundings(Protocol):
     def flush_soon(self, host: Host) -> None:
         """Propose what the host has gathered, when it is its turn."""
 
+    def time_matters(self, host: Host) -> None:
+        """Call `host.tick` from now on, until it says that nothing waits."""
+
     def keep_bodies(self) -> bool:
         """Whether bodies may still be kept in memory."""
 
     def report_damage(self, partition: int, lost: Spans) -> None:
         """Stored records turned out unreadable."""
 
-    def in_background(self, host: Host, entry: Entry) -> None:
-        """Bury an exhausted message."""
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run in the background."""
+
+    async def ask(self, operation: Operation) -> Answer:
+        """Have the owner of another partition do something."""
 
 
 class Host:
@@ -109,9 +114,10 @@ class Host:
         self.flushing = False
         """Stands in the node's list of those who propose next."""
         self.ended = False
-        self._store = store
-        self._around = around
-        self._metrics = metrics
+        self.redriving: set[str] = set()
+        self.store = store
+        self.around = around
+        self.metrics = metrics
         self._token = 0
         self._asked: dict[int, asyncio.Future[Answer | None]] = {}
         self._polls: dict[int, asyncio.Future[list[Entry] | None]] = {}
@@ -122,7 +128,7 @@ class Host:
 
     async def perform(self, op: Operation) -> Answer | None:
         """Do it. None: not the owner any more and nothing was done."""
-        around, owner = self._around, self.owner
+        around, owner = self.around, self.owner
         match op:
             case Produce():
                 refused = self._cannot_store()
@@ -130,7 +136,10 @@ class Host:
                     return refused
                 token = self._next_token()
                 answer = owner.produce(token, op, around.cluster_ms(), around.wall_ms())
-                return await self._stored(token, answer)
+                answer = await self._stored(token, answer)
+                if answer is not None and answer.status == 201:
+                    self.metrics.produced += len(op.messages)
+                return answer
             case Settle():
                 token = self._next_token()
                 return await self._stored(token, owner.settle(token, op))
@@ -151,15 +160,17 @@ class Host:
             case Consume():
                 delivered = await self.consume(op)
                 return delivered.answer if delivered is not None else None
-            case Redrive() | ListQueues():
-                return refusal(400, "Not an operation on one partition")
+            case Redrive():
+                return await redrive(self, op)
+            case ListQueues():
+                return Answer(200, _json.encode([self.figures(q) for q in self.names()]))
             case _:
                 assert_never(op)
 
     async def consume(self, op: Consume) -> Delivered | None:
         """Lease and render. Cancelling leaves nothing leased. None: not the owner any more."""
         delivery = self.owner.delivery
-        taken = delivery.take(op.queue, op.most, op.visibility_ms, self._around.cluster_ms())
+        taken = delivery.take(op.queue, op.most, op.visibility_ms, self.around.cluster_ms())
         self.after()
         if not taken:
             if not op.wait_ms:
@@ -170,11 +181,11 @@ class Host:
             taken = waited
         if not taken:
             return Delivered(_NOTHING)
-        self._metrics.delivered += len(taken)
-        self._metrics.redelivered += sum(entry.attempt > 1 for entry in taken)
+        self.metrics.delivered += len(taken)
+        self.metrics.redelivered += sum(entry.attempt > 1 for entry in taken)
         receipts = [(entry.dot, Receipt(entry.epoch, entry.attempt)) for entry in taken]
         try:
-            bodies = await self._bodies(taken)
+            bodies = await self.bodies(taken)
         except asyncio.CancelledError:
             self._release(receipts)
             raise
@@ -212,18 +223,18 @@ class Host:
             polled.cancel()
 
     def _release(self, receipts: Sequence[tuple[int, Receipt]]) -> None:
-        now_ms = self._around.cluster_ms()
+        now_ms = self.around.cluster_ms()
         for dot, receipt in receipts:
             self.owner.delivery.release(dot, receipt, now_ms)
         self.after()
 
     def _cannot_store(self) -> Answer | None:
-        trouble = self._store.trouble
+        trouble = self.store.trouble
         if trouble is Trouble.FULL:
             return refusal(507, str(trouble.value), 5)
         if trouble is Trouble.FAILING:
             return refusal(503, str(trouble.value), 1, definite=True)
-        if self._store.queued_bytes > QUEUED_BYTES:
+        if self.store.queued_bytes > QUEUED_BYTES:
             return refusal(429, "Node is busy storing", 1)
         return None
 
@@ -244,7 +255,8 @@ class Host:
         asked: asyncio.Future[Answer | None] = loop.create_future()
         self._asked[token] = asked
         self._due.append((loop.time() + ANSWER_WITHIN_S, token))
-        self._around.flush_soon(self)
+        self.around.flush_soon(self)
+        self.around.time_matters(self)
         try:
             return await asked
         finally:
@@ -255,7 +267,7 @@ class Host:
     def after(self) -> None:
         """Pass on what the owner decided since the last call."""
         owner = self.owner
-        owner.collect(self._around.cluster_ms())
+        owner.collect(self.around.cluster_ms())
         if owner.finished:
             finished, owner.finished = owner.finished, []
             for token, answer in finished:
@@ -273,22 +285,25 @@ class Host:
         if owner.dead_letters:
             exhausted, owner.dead_letters = owner.dead_letters, []
             for entry in exhausted:
-                self._around.in_background(self, entry)
+                self.around.spawn(bury(self, entry))
         if owner.has_gathered:
-            self._around.flush_soon(self)
+            self.around.flush_soon(self)
+        if owner.timed:
+            self.around.time_matters(self)
 
-    def tick(self, loop_s: float) -> None:
-        """Let time pass: leases, delays, lifetimes, and answers that are overdue."""
+    def tick(self, loop_s: float, now_ms: int) -> bool:
+        """Let time pass: leases, delays, lifetimes, and answers that are overdue. False when
+        nothing is left that waits for a moment."""
         while self._due and self._due[0][0] <= loop_s:
             _, token = self._due.popleft()
             asked = self._asked.get(token)
             if asked is not None and not asked.done():
                 asked.set_result(unknown_outcome("No quorum"))
-        now_ms = self._around.cluster_ms()
         # Without the lease another node may deliver already: time must not hand out anything.
-        if self.owner.due(now_ms) and self._around.may_serve(self.partition):
+        if self.owner.due(now_ms) and self.around.may_serve(self.partition):
             self.owner.tick(now_ms)
             self.after()
+        return bool(self._due) or self.owner.timed
 
     def end(self, clean: bool) -> None:
         """The ownership ended."""
@@ -301,18 +316,18 @@ class Host:
 
     # ── bodies ──────────────────────────────────────────────────────────────────────────────────
 
-    async def _bodies(self, entries: Sequence[Entry]) -> list[bytes] | None:
+    async def bodies(self, entries: Sequence[Entry]) -> list[bytes] | None:
         """The bodies, read back where they are only on disk. None: one is unreadable here."""
         absent = [unpack_dot(entry.dot) for entry in entries if entry.body is None]
         if not absent:
             return [entry.body for entry in entries if entry.body is not None]
-        found, damaged = await self._store.read(self.partition, absent)
+        found, damaged = await self.store.read(self.partition, absent)
         if len(found) + len(damaged) < len(absent):
             # Committed by the others before this node's own disk had it.
-            await self._store.flushed()
-            found, damaged = await self._store.read(self.partition, absent)
+            await self.store.flushed()
+            found, damaged = await self.store.read(self.partition, absent)
         if damaged:
-            self._around.report_damage(self.partition, tuple((e, s, s) for e, s in damaged))
+            self.around.report_damage(self.partition, tuple((e, s, s) for e, s in damaged))
         by_dot = {(epoch, seq): body for epoch, seq, _, body in found}
         bodies = []
         for entry in entries:
@@ -330,10 +345,14 @@ class Host:
             return refusal(404, "No such queue", queue=queue, settings=settings)
         return Answer(200, _json.encode(self.figures(queue)))
 
+    def names(self) -> list[str]:
+        """The queues that are known here."""
+        return self.owner.delivery.queue_names()
+
     def figures(self, queue: str) -> dict[str, object]:
         """A queue as `GET /queues` shows it."""
         counts = self.owner.delivery.counts(queue)
-        now_ms = self._around.cluster_ms()
+        now_ms = self.around.cluster_ms()
         age_ms = max(0, now_ms - counts.oldest_ms) if counts.oldest_ms is not None else None
         return {
             "queue": queue,
@@ -348,7 +367,7 @@ class Host:
         }
 
     async def _peek(self, entries: list[Entry]) -> Answer:
-        bodies = await self._bodies(entries)
+        bodies = await self.bodies(entries)
         if bodies is None:
             return refusal(503, "Message unreadable here", 1, definite=True)
         return Answer(
@@ -360,31 +379,3 @@ class Host:
                 ]
             ),
         )
-
-    # ── dead letters ────────────────────────────────────────────────────────────────────────────
-
-    async def bury(self, entry: Entry, produce: Callable[[Operation], Awaitable[Answer]]) -> None:
-        """Store an exhausted message at its dead letter queue, then end it here. Tried until done,
-        or until the ownership ends; the dedupe id makes a repetition harmless."""
-        retry_s = _BURY_RETRY_S[0]
-        source = message_id(self.partition, entry.dot)
-        origin = _json.encode(
-            {"source_id": source, "source": entry.queue, "reason": "max_deliveries"}
-        )[1:-1]
-        while not self.ended:
-            target = self.owner.delivery.settings(entry.queue).dead_letter
-            bodies = await self._bodies([entry])
-            if bodies is not None and target is not None:
-                letter = NewMessage(
-                    bodies[0], entry.headers, dedupe_id=f"dead/{source}", origin=origin
-                )
-                answer = await produce(Produce(target, (letter,)))
-                if answer.status in (200, 201):
-                    break
-                log.warning("dead letter %s not stored yet: %s", source, answer.status)
-            await asyncio.sleep(retry_s)
-            retry_s = min(retry_s * 2, _BURY_RETRY_S[1])
-        if not self.ended:
-            self._metrics.dead_lettered += 1
-            self.owner.remove([entry.dot])
-            self.after()

@@ -17,19 +17,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, assert_never
 
 from message_queue.api.events import EventHub
 from message_queue.config import Config
-from message_queue.core.delivery.model import Entry
 from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
 from message_queue.core.ids import pack_dot, unpack_dot
 from message_queue.core.messages import Copy, PeerMessage, Spans
 from message_queue.core.operations import (
+    Answer,
     Forward,
     Forwarded,
     ForwardEnded,
     NodeMessage,
+    Operation,
 )
 from message_queue.core.placement.ring import Ring
 from message_queue.core.replication.config import ReplicationConfig
@@ -80,6 +82,8 @@ class Node:
         self.replicator: Replicator
         self._links: Links[AnyMessage]
         self._flushing: list[Host] = []
+        self._timed: set[Host] = set()
+        """Hosts in which something waits for a moment: an idle node looks at none."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._served: dict[tuple[int, int], Delivered] = {}
@@ -139,9 +143,11 @@ class Node:
         self.stopping = True
         self._wake()
         self.apply(self.replicator.yield_all(_now_ms()))
-        until_ms = _now_ms() + 2000
-        while self.replicator.owned() and _now_ms() < until_ms:
-            await asyncio.sleep(0.01)
+        until_s = asyncio.get_running_loop().time() + 2
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until_s):
+                while self.replicator.owned():
+                    await self.changed.wait()
         if self._ticker is not None:
             self._ticker.cancel()
         for task in (*self._tasks, *self._serving.values()):
@@ -216,6 +222,7 @@ class Node:
             log.error("partition %d: unreadable %s", partition, sentence)
         host = Host(owner, self.store, self, self.metrics)
         self.hosts[partition] = host
+        self._timed.add(host)
         host.after()
         self._wake()
 
@@ -274,6 +281,10 @@ class Node:
                 asyncio.get_running_loop().call_soon(self._flush)
             self._flushing.append(host)
 
+    def time_matters(self, host: Host) -> None:
+        """Something waits for a moment there: tick it."""
+        self._timed.add(host)
+
     def _flush(self) -> None:
         hosts, self._flushing = self._flushing, []
         for host in hosts:
@@ -314,9 +325,9 @@ class Node:
         self.events.publish("storage_damaged", partition=partition, records=len(lost))
         self.apply(self.replicator.damaged(partition, lost, _now_ms()))
 
-    def in_background(self, host: Host, entry: Entry) -> None:
-        """Bury an exhausted message."""
-        self.spawn(host.bury(entry, self.router.ask))
+    async def ask(self, operation: Operation) -> Answer:
+        """Have the owner of another partition do something."""
+        return await self.router.ask(operation)
 
     # ── links ───────────────────────────────────────────────────────────────────────────────────
 
@@ -400,8 +411,10 @@ class Node:
                 self.apply(self.replicator.tick(now_ms))
                 self._pass_leases_on(now_ms)
             loop_s = loop.time()
-            for host in list(self.hosts.values()):
-                host.tick(loop_s)
+            cluster_ms = self.cluster_ms()
+            for host in list(self._timed):
+                if host.ended or not host.tick(loop_s, cluster_ms):
+                    self._timed.discard(host)
             while self._served_until and self._served_until[0][0] <= loop_s:
                 self._served.pop(self._served_until.popleft()[1], None)
             await asyncio.sleep(TICK_S)

@@ -21,6 +21,7 @@ from message_queue.core.operations import (
     Nack,
     Operation,
     Produce,
+    Redrive,
     Settle,
     Show,
     certain_refusal,
@@ -178,6 +179,16 @@ class Router:
             settings = msgspec.json.decode(shown.body, type=dict[str, Any])["settings"]
             target = settings["dead_letter"]
         return await self.ask(Configure(queue, changes), forward)
+
+    async def redrive(self, queue: str, most: int, forward: bool = True) -> Answer:
+        """See `api.keys.Service`."""
+        shown = await self.ask(Show(queue))
+        if shown.status not in (200, 404):
+            return shown
+        target = msgspec.json.decode(shown.body, type=dict[str, Any])["settings"]["dead_letter"]
+        if target is None:
+            return await self.ask(Redrive(queue, None, most), forward)
+        return await self.ask(Redrive(target, queue, most), forward)
 
     async def show(self, queue: str) -> Answer:
         """See `api.keys.Service`."""

@@ -59,6 +59,9 @@ class Service(Protocol):
     async def configure(self, queue: str, changes: bytes, forward: bool = True) -> Answer:
         """Change a queue's settings, after checking that no dead letter cycle comes of it."""
 
+    async def redrive(self, queue: str, most: int, forward: bool = True) -> Answer:
+        """Send dead letters back: those of a queue, or all that lie in a dead letter queue."""
+
     async def show(self, queue: str) -> Answer:
         """The figures of a queue, its dead letters included."""
 

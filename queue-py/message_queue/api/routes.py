@@ -31,6 +31,7 @@ from message_queue.api.schemas import (
     NoQuery,
     PeekQuery,
     ProduceBody,
+    RedriveQuery,
     RingQuery,
     RouteQuery,
     SettingsBody,
@@ -38,7 +39,7 @@ from message_queue.api.schemas import (
     read_json,
     read_query,
 )
-from message_queue.core.operations import Answer, Extend, Nack, Peek, Produce, Purge, Redrive
+from message_queue.core.operations import Answer, Extend, Nack, Peek, Produce, Purge
 
 _produce = msgspec.json.Decoder(ProduceBody)
 _ack = msgspec.json.Decoder(AckBody)
@@ -128,7 +129,10 @@ async def delete(request: web.Request) -> web.Response:
 
 
 async def redrive(request: web.Request) -> web.Response:
-    return respond(await ask(request, Redrive(queue_name(request)), read_forward(request)))
+    query = read_query(request, RedriveQuery)
+    service = request.app[SERVICE]
+    asked = service.redrive(queue_name(request), query.max, query.forward)
+    return respond(await guarded(asked))
 
 
 async def ring(request: web.Request) -> web.Response:
@@ -211,7 +215,7 @@ ROUTES = (
     Route("DELETE", "/queues/{queue}/messages", purge, "Remove every message", query=RouteQuery,
           answers=_ROUTED),
     Route("POST", "/queues/{queue}/redrive", redrive, "Send dead letters back to their source",
-          query=RouteQuery, answers={409: "A redrive is under way", **_ROUTED}),
+          query=RedriveQuery, answers={409: "A redrive is under way", **_ROUTED}),
     Route("GET", "/ring", ring, "Placement of queues and partitions", query=RingQuery),
     Route("GET", "/status", status, "State of this node"),
     Route("GET", "/healthz", healthz, "The process is alive"),

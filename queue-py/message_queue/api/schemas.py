@@ -134,6 +134,13 @@ class PeekQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forward: bool = True
 
 
+class RedriveQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /queues/{q}/redrive: `q` is the source, or the dead letter queue itself."""
+
+    max: Most = MAX_BATCH
+    forward: bool = True
+
+
 class RingQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """GET /ring."""
 

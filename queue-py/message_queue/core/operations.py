@@ -115,9 +115,11 @@ class Purge(Struct, frozen=True, array_like=True, tag=9):
 
 
 class Redrive(Struct, frozen=True, array_like=True, tag=10):
-    """Send dead letters back to where they came from."""
+    """Send the dead letters in `queue` back to where they came from; only those of `source`,
+    when it is given."""
 
     queue: Name
+    source: Name | None = None
     most: Annotated[int, Meta(ge=1, le=MAX_BATCH)] = MAX_BATCH
 
 

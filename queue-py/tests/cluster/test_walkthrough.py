@@ -250,3 +250,39 @@ async def test_groups_and_priorities_order_deliveries(cluster: Cluster) -> None:
         assert [m["body"] for m in got] == ["high", "low", "g0"]
         await post(client, "/ack", {"message_id": got[2]["id"]})
         assert (await get(client, "/consume?queue=ordered")).json["body"] == "g1"
+
+
+async def test_a_redrive_sends_dead_letters_back_to_their_source(cluster: Cluster) -> None:
+    async with cluster.client(1) as client:
+        await put(client, "/queues/again", {"max_deliveries": 1, "visibility_ms": 50})
+        for n in range(3):
+            await produce(client, "again", n, priority=n)
+        assert len((await get(client, "/consume?queue=again&max=10")).json["messages"]) == 3
+
+        async def all_dead() -> bool:
+            return (await get(client, "/queues/again")).json["dead"] == 3
+
+        await until("all are dead", all_dead)
+        await put(client, "/queues/again", {"max_deliveries": 5, "visibility_ms": 30_000})
+        reply = await post(client, "/queues/again/redrive", {})
+        assert (reply.status, reply.json["messages"]) == (200, 3)
+        back = (await get(client, "/consume?queue=again&max=10&wait_ms=5000")).json["messages"]
+        assert [m["body"] for m in back] == [2, 1, 0]
+        assert all("source_id" not in m for m in back)
+
+        async def none_dead() -> bool:
+            return (await get(client, "/queues/again")).json["dead"] == 0
+
+        await until("no dead letters are left", none_dead)
+
+
+async def test_an_ack_may_fetch_the_next_message(cluster: Cluster) -> None:
+    async with cluster.client(0) as client:
+        first = await produce(client, "next", 1)
+        second = await produce(client, "next", 2)
+        got = (await get(client, "/consume?queue=next")).json
+        body = {"message_id": got["id"], "receipt": got["receipt"], "next": {"queue": "next"}}
+        reply = await post(client, "/ack", body)
+        assert (got["id"], reply.json["id"]) == (first, second)
+        body = {"message_id": second, "next": {"queue": "next", "max": 3}}
+        assert (await post(client, "/ack", body)).status == 204

@@ -282,6 +282,11 @@ class PartitionOwner:
         next_ms = self.delivery.next_due_ms()
         return (next_ms is not None and next_ms <= now_ms) or self._window.due(now_ms)
 
+    @property
+    def timed(self) -> bool:
+        """Whether anything waits for a moment. O(1)."""
+        return self.delivery.next_due_ms() is not None or len(self._window) > 0
+
     def collect(self, now_ms: int) -> None:
         """Take over what the delivery machine decided; call after using `delivery` directly."""
         self._events(now_ms)

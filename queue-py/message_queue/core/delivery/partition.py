@@ -14,6 +14,7 @@ meanwhile.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
@@ -32,7 +33,6 @@ from message_queue.core.delivery.model import (
     Verdict,
     default_settings,
 )
-
 
 MAX_IDLE_QUEUES = 10_000
 """Of one partition; beyond it, queues that fall empty are forgotten at once."""
@@ -314,6 +314,14 @@ class PartitionDelivery:
         """Ready messages in the order of delivery, without leasing them."""
         queue = self._queues.get(queue_name)
         return queue.line.browse(most) if queue else []
+
+    def ready_only(self, dots: Iterable[int]) -> set[int]:
+        """Those of the dots that are READY now."""
+        return {
+            dot
+            for dot in dots
+            if (entry := self.entries.get(dot)) is not None and entry.state is State.READY
+        }
 
     def purge(self, queue_name: str) -> list[int]:
         """Move every message of a queue to SETTLING; returns those that were not already."""
