@@ -10,6 +10,7 @@ for path in (HERE, HERE.parent.parent / "src"):
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
 
+from lock_harness import LOCK  # noqa: E402 - the paths come first
 from register_harness import FIVE, MEMBERSHIP, RAFT  # noqa: E402 - the paths come first
 
-__all__ = ["FIVE", "MEMBERSHIP", "RAFT"]
+__all__ = ["FIVE", "LOCK", "MEMBERSHIP", "RAFT"]

@@ -175,10 +175,15 @@ class RaftNode:
                 self._reads.pop(read_id)[1](NOT_LEADER)
             for note in effects.notes:
                 self._note(note)
+            if effects.committed:
+                self._after_commit()
             self._compact()
         if self.host.alive and core.next_deadline_ms != self._deadline:
             self._deadline = core.next_deadline_ms
             self.host.set_timer("raft", max(0, self._deadline - self.host.now_ms()))
+
+    def _after_commit(self) -> None:
+        """For nodes that do more: something new was applied."""
 
     def _write_queued(self) -> None:
         """Group commit: all that waits becomes one transaction, once the one before is synced.

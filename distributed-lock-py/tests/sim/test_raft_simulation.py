@@ -18,7 +18,7 @@ pytestmark = pytest.mark.sim
 
 
 def test_three_nodes_keep_their_promises_under_every_fault() -> None:
-    count = seeds(60)
+    count = seeds(40)
     coverage = many(RAFT, count)
     for happening, per_seed in (
         ("operations", 60),
@@ -37,7 +37,7 @@ def test_three_nodes_keep_their_promises_under_every_fault() -> None:
 
 
 def test_members_come_and_go_and_leaders_hand_over() -> None:
-    count = seeds(40)
+    count = seeds(25)
     coverage = many(MEMBERSHIP, count)
     for happening, per_seed in (
         ("operations", 40),
@@ -51,7 +51,7 @@ def test_members_come_and_go_and_leaders_hand_over() -> None:
 
 
 def test_five_nodes_keep_their_promises_under_every_fault() -> None:
-    count = seeds(20)
+    count = seeds(10)
     coverage = many(FIVE, count)
     coverage.require("operations", 60 * len(count))
     coverage.require("elections", len(count))
