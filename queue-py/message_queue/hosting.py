@@ -276,11 +276,16 @@ class Host:
                     asked.set_result(answer)
         if owner.grants:
             grants, owner.grants = owner.grants, []
+            # A commit may come in late (this process was stopped): without the lease a successor
+            # may have delivered the message, and its consumer acked it, in the meantime.
+            serving = self.around.may_serve(self.partition)
             for grant in grants:
                 polled = self._polls.pop(grant.token, None)
-                if polled is not None and not polled.done():
+                if polled is not None and not polled.done() and serving:
                     polled.set_result(grant.entries)
                 else:
+                    if polled is not None and not polled.done():
+                        polled.set_result(None)
                     self._release([(e.dot, Receipt(e.epoch, e.attempt)) for e in grant.entries])
         if owner.dead_letters:
             exhausted, owner.dead_letters = owner.dead_letters, []
