@@ -293,8 +293,7 @@ def verdict(raw: Any) -> str | None:
             player.play(action)
     except (ScenarioError, InvariantBroken) as error:
         return f"at step {step}: {error}"
-    # noqa: BLE001 - a crash is this scenario's failure, not the runner's
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a crash fails its scenario, not the others
         return f"at step {step}: {type(error).__name__}: {error}"
     return None
 
