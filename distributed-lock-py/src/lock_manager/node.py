@@ -253,6 +253,7 @@ class Node:
             return
         batch = own.batch if own is not None else decode_batch(entry.payload)
         outcomes = self._machine.apply(entry.index, batch)
+        self._clock.hear(self._machine.now_ms)  # after a restart the log knows the time best
         follow_up: list[Command] = []
         if own is not None:
             self._metrics.commit_ms.observe((self._loop.time() - own.since_s) * 1000)

@@ -28,13 +28,20 @@ class Directory:
         return next((m for m in configuration.members if self.name(m.node_id) == name), None)
 
     def dialled(self, configuration: Configuration) -> dict[int, str]:
-        """Where to dial every other member."""
-        addresses = {
-            m.node_id: m.raft_addr or self._by_flags(self._config.peers, m.node_id)
-            for m in configuration.members
-            if m.node_id != self._config.position
+        """Where to dial every other member; while a node that joins knows of none, everybody whom
+        its flags name."""
+        if configuration.members:
+            addresses = {
+                m.node_id: m.raft_addr or self._by_flags(self._config.peers, m.node_id)
+                for m in configuration.members
+            }
+        else:
+            addresses = {i: str(address) for i, address in enumerate(self._config.peers, 1)}
+        return {
+            position: address
+            for position, address in addresses.items()
+            if address and position != self._config.position
         }
-        return {position: address for position, address in addresses.items() if address}
 
     def http_addr(self, member: Member) -> str:
         """Where clients find a member; empty if nobody said so."""

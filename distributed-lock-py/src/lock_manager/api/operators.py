@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 from lock_manager.api.directory import Directory
 from lock_manager.api.errors import ApiError, NotLeader
-from lock_manager.core.raft import Accepted, Entry, Member, Refused, Role
+from lock_manager.core.raft import Accepted, Entry, Member, Refusal, Refused, Role
 from lock_manager.core.raft.core import RaftCore
 
 TRANSFER_S = 1.5
+CHANGE_S = 2.0
+BRIEF = (Refusal.IN_PROGRESS, Refusal.NOT_READY)
 
 
 class Operators:
@@ -63,7 +65,7 @@ class Operators:
             raise ApiError(409, "Already a member", id=name)
         position = self._directory.free_position(configuration, raft_addr)
         member = Member(node_id=position, name=name, raft_addr=raft_addr, http_addr=http_addr)
-        await self._committed(self._core.add(member))
+        await self._committed(lambda: self._core.add(member))
         return position
 
     async def remove(self, name: str) -> int:
@@ -72,13 +74,19 @@ class Operators:
         member = self._directory.find(self._core.configuration, name)
         if member is None:
             raise ApiError(409, "Not a member", id=name)
-        await self._committed(self._core.remove(member.node_id))
+        await self._committed(lambda: self._core.remove(member.node_id))
         return member.node_id
 
-    async def _committed(self, result: Accepted | Refused) -> None:
-        if isinstance(result, Refused):
-            raise ApiError(409, "Not possible now", reason=result.reason.value)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def _committed(self, propose: Callable[[], Accepted | Refused]) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + CHANGE_S
+        while isinstance(result := propose(), Refused):
+            self._wake()
+            if result.reason not in BRIEF or loop.time() > deadline:
+                raise ApiError(409, "Not possible now", reason=result.reason.value)
+            await asyncio.sleep(0.02)  # another change, or the term's first entry, is on its way
+            self._must_lead()
+        done: asyncio.Future[None] = loop.create_future()
         self._changes[result.last_index] = (result.term, done)
         self._wake()
         await done
