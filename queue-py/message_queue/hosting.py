@@ -296,6 +296,19 @@ class Host:
         if owner.timed:
             self.around.time_matters(self)
 
+    def committed(self, upto: int, now_ms: int) -> None:
+        """Records up to this seq are stored on a majority: answer, and deliver if that is ours."""
+        owner = self.owner
+        owner.keep_bodies = self.around.keep_bodies()
+        if not self.around.may_serve(self.partition):
+            # Stored, but handed over meanwhile (or about to be): the successor delivers it.
+            owner.delivery.paused = True
+            self.around.time_matters(self)
+        self.flying = 0
+        owner.committed(upto, now_ms)
+        self.flying = owner.in_flight
+        self.after()
+
     def tick(self, loop_s: float, now_ms: int) -> bool:
         """Let time pass: leases, delays, lifetimes, and answers that are overdue. False when
         nothing is left that waits for a moment."""
@@ -304,11 +317,14 @@ class Host:
             asked = self._asked.get(token)
             if asked is not None and not asked.done():
                 asked.set_result(unknown_outcome("No quorum"))
+        delivery = self.owner.delivery
         # Without the lease another node may deliver already: time must not hand out anything.
-        if self.owner.due(now_ms) and self.around.may_serve(self.partition):
+        if (delivery.paused or self.owner.due(now_ms)) and self.around.may_serve(self.partition):
+            if delivery.paused:
+                delivery.resume(now_ms)
             self.owner.tick(now_ms)
             self.after()
-        return bool(self._due) or self.owner.timed
+        return bool(self._due) or delivery.paused or self.owner.timed
 
     def end(self, clean: bool) -> None:
         """The ownership ended."""

@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 AnyMessage = PeerMessage | NodeMessage
 TICK_S = 0.01
 CORE_TICK_MS = 50
-LEASES_MS = 100
 BATCHES_IN_FLIGHT = 1
 BATCH_BYTES = 4 << 20
 _SERVED_FOR_S = 5.0
@@ -142,6 +141,8 @@ class Node:
         """Hand every partition over, flush, close. Within 3 s."""
         self.stopping = True
         self._wake()
+        self._leases_due.clear()
+        self._pass_leases_on(_now_ms())
         self.apply(self.replicator.yield_all(_now_ms()))
         until_s = asyncio.get_running_loop().time() + 2
         with suppress(TimeoutError):
@@ -174,11 +175,7 @@ class Node:
         for committed in fx.committed:
             host = self.hosts.get(committed.partition)
             if host is not None and host.owner.epoch == committed.epoch:
-                host.owner.keep_bodies = self.keep_bodies()
-                host.flying = 0
-                host.owner.committed(committed.upto, now_ms)
-                host.flying = host.owner.in_flight
-                host.after()
+                host.committed(committed.upto, now_ms)
         for partition, spans in fx.forget:
             self.store.forget(partition, spans)
         for note in fx.notes:
@@ -408,8 +405,9 @@ class Node:
             now_ms = _now_ms()
             if now_ms >= core_due_ms:
                 core_due_ms = now_ms + CORE_TICK_MS
-                self.apply(self.replicator.tick(now_ms))
+                # First: a tick may hand a partition over, with the leases that were told last.
                 self._pass_leases_on(now_ms)
+                self.apply(self.replicator.tick(now_ms))
             loop_s = loop.time()
             cluster_ms = self.cluster_ms()
             for host in list(self._timed):
@@ -425,8 +423,8 @@ class Node:
                 continue
             leases = host.owner.leases()
             if leases is not None:
-                # Many leases are told less often: about 1 MB/s a partition at most.
-                self._leases_due[partition] = now_ms + LEASES_MS + len(leases) // 1000
+                # Many are told less often: about 1 MB/s a partition at most.
+                self._leases_due[partition] = now_ms + len(leases) // 1000
                 self.apply(self.replicator.soft(partition, leases))
 
     # ── the process ─────────────────────────────────────────────────────────────────────────────

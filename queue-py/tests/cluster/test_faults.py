@@ -12,6 +12,7 @@ import pytest
 
 from testkit.checkers import total_queue
 from testkit.cluster import Cluster, Reply
+from testkit.cluster.files import flip_bit
 from testkit.history import History
 
 from .nodes import Recorder, leftovers, owner_of, queue_cluster, until
@@ -236,3 +237,68 @@ async def end_of_absence(cluster: Cluster, index: int) -> None:
     """Start a node again and wait until it is ready."""
     cluster.start(index)
     await cluster.ready(index)
+
+
+async def test_a_flipped_bit_is_reported_quarantined_and_healed_from_the_peers(
+    tmp_path: Path,
+) -> None:
+    async with queue_cluster(tmp_path, flags=("--segment_bytes=65536",)) as cluster:
+        kept = set()
+        async with cluster.client(0) as client:
+            for n in range(40):
+                body = {"queue": f"flip{n % 5}", "body": f"{n} " + "x" * 2_000}
+                reply = await client.post("/produce", body)
+                assert isinstance(reply, Reply)
+                assert reply.status == 201
+                kept.add(reply.json["id"])
+        cluster.power_cut()
+        log = cluster.views[1].data_dir / "log"
+        first = min(log.glob("segment-*.log"))
+        flip_bit(first, seed=7, start=first.stat().st_size // 2)
+        await cluster.start_all()
+        assert "has damaged records" in cluster.nodes[1].output()
+
+        async def healed() -> bool:
+            return any((log / "quarantine").glob("segment-*.log"))
+
+        await until("the damaged segment is in quarantine", healed)
+
+        async def whole() -> bool:
+            async with cluster.client(1) as client:
+                reply = await client.get("/status")
+            assert isinstance(reply, Reply)
+            return reply.json["storage"]["stored_records"] == 40
+
+        await until("the node has everything again", whole)
+        # The healed node now serves all of it with a peer that has nothing of its own.
+        cluster.kill(0)
+        shutil.rmtree(cluster.views[0].data_dir)
+        await end_of_absence(cluster, 0)
+        found = set()
+        for n in range(5):
+            found |= await leftovers(cluster, f"flip{n}", ask=1)
+        assert found == kept
+
+
+async def test_a_stop_hands_over_without_loss_or_duplicate(tmp_path: Path) -> None:
+    async with queue_cluster(tmp_path) as cluster:
+        owner = await owner_of(cluster, "handover")
+        other = (owner + 1) % 3
+        async with cluster.client(other) as client:
+            produced = []
+            for n in range(20):
+                reply = await client.post("/produce", {"queue": "handover", "body": n})
+                assert isinstance(reply, Reply)
+                produced.append(reply.json["id"])
+            reply = await client.get("/consume?queue=handover&max=5")
+            assert isinstance(reply, Reply)
+            leased = reply.json["messages"]
+            assert await cluster.nodes[owner].terminate() == 0
+            again = await leftovers(cluster, "handover", ask=other)
+            # What is leased stays leased at the new owner, and its receipts are good.
+            assert again == set(produced[5:])
+            for message in leased:
+                body = {"message_id": message["id"], "receipt": message["receipt"]}
+                ack = await client.post("/ack", body)
+                assert isinstance(ack, Reply)
+                assert ack.status == 200

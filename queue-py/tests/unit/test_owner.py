@@ -430,3 +430,26 @@ def test_spans_are_sorted_and_joined() -> None:
     dots = [pack_dot(2, 5), pack_dot(1, 2), pack_dot(1, 1), pack_dot(2, 6), pack_dot(1, 9)]
     assert spans_of(dots) == ((1, 1, 2), (1, 9, 9), (2, 5, 6))
     assert spans_of([]) == ()
+
+
+def test_attempts_that_were_passed_on_count_at_the_successor() -> None:
+    bench = Bench()
+    bench.owner.configure(100, Configure("q", b'{"max_deliveries":2}'))
+    bench.produce("q", text("a"), text("b"), batch=True)
+    bench.store()
+    first, second = bench.take("q", 2, visibility_ms=10)
+    bench.pass_ms(20)
+    assert [e.attempt for e in bench.take("q", 1, visibility_ms=10)] == [2]
+    leases = bench.owner.leases()
+    assert leases is not None
+    later = bench.successor(leases)
+    assert later.owner.dead_letters == []
+    later.pass_ms(20)
+    # The one that had its last delivery is dead, the other one has one delivery left.
+    assert [e.dot for e in later.owner.dead_letters] == [first.dot]
+    assert [(e.dot, e.attempt) for e in later.take("q", 2)] == [(second.dot, 2)]
+    # Exhausted and not yet buried when the owner went: the successor buries it.
+    bench.pass_ms(20)
+    leases = bench.owner.leases()
+    assert leases is not None
+    assert [e.dot for e in bench.successor(leases).owner.dead_letters] == [first.dot]

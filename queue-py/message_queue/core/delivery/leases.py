@@ -1,7 +1,7 @@
-"""The owner's leases as bytes: passed to the replicas, so that a failover redelivers little.
+"""The owner's deliveries as bytes: passed to the replicas, so that a failover redelivers little.
 
-Soft state: never stored, may be lost or late. A successor that knows a lease honours it to its end;
-one that does not delivers the message again.
+Soft state: never stored, may be lost or late. A successor that knows a lease honours it to its end,
+and counts the attempts that it knows of; one that does not delivers the message again, as new.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from itertools import islice
 import msgspec
 from msgspec import Struct
 
+from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.model import Entry
 
 MAX_LEASES = 20_000
@@ -19,12 +20,13 @@ MAX_LEASES = 20_000
 
 
 class Lease(Struct, frozen=True, array_like=True):
-    """One message in flight. Times are cluster time."""
+    """The last delivery of a message that is still held. Times are cluster time."""
 
     dot: int
     epoch: int
     attempt: int
     due_ms: int
+    """When the lease ends; 0: it ended."""
     leased_ms: int
 
 
@@ -32,12 +34,18 @@ _decoder = msgspec.msgpack.Decoder(list[Lease])
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode_leases(leased: Iterable[Entry]) -> bytes:
+def encode_leases(delivered: Iterable[Entry]) -> bytes:
     """What `decode_leases` reads."""
     return _encoder.encode(
         [
-            Lease(e.dot, e.epoch, e.attempt, e.due_ms, e.leased_ms)
-            for e in islice(leased, MAX_LEASES)
+            Lease(
+                e.dot,
+                e.epoch,
+                e.attempt,
+                e.due_ms if e.state is State.LEASED else 0,
+                e.leased_ms,
+            )
+            for e in islice(delivered, MAX_LEASES)
         ]
     )
 

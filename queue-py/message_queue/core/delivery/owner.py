@@ -293,10 +293,10 @@ class PartitionOwner:
 
     def leases(self) -> bytes | None:
         """The leases as a successor should know them; None if nothing changed since last asked."""
-        if self.delivery.leases_changed == self._leases_sent:
+        if self.delivery.deliveries_changed == self._leases_sent:
             return None
-        self._leases_sent = self.delivery.leases_changed
-        return encode_leases(self.delivery.leased.values())
+        self._leases_sent = self.delivery.deliveries_changed
+        return encode_leases(self.delivery.delivered.values())
 
     # ── storing ─────────────────────────────────────────────────────────────────────────────────
 

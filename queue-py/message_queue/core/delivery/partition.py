@@ -112,10 +112,12 @@ class PartitionDelivery:
         """(due_ms, dot), lazily invalid. Invariant: every DELAYED and LEASED entry has a timer at
         its `due_ms` or earlier, and every entry that can expire one at its expiry or earlier."""
         self._waiting_in: dict[int, _Queue] = {}
-        self.leased: dict[int, Entry] = {}
-        """Messages in LEASED. What a successor should know."""
-        self.leases_changed = 0
-        """Counts changes of `leased`."""
+        self.delivered: dict[int, Entry] = {}
+        """Messages that were delivered and are still held: what a successor should know."""
+        self.deliveries_changed = 0
+        """Counts changes of what a successor should know."""
+        self.paused = False
+        """Nobody who waits is served: the right to deliver is in doubt. See `resume`."""
         self._endings: list[Ending] = []
         self._grants: list[Grant] = []
         self.resident_bytes = 0
@@ -185,15 +187,19 @@ class PartitionDelivery:
         return entry
 
     def restore_lease(self, lease: Lease, now_ms: int) -> None:
-        """At takeover: the previous owner had leased this message."""
+        """At takeover: the previous owner had delivered this message."""
         entry = self.entries.get(lease.dot)
         if entry is None or entry.state is not State.READY or lease.epoch >= self.epoch:
             return
+        queue = self._queues[entry.queue]
         entry.epoch, entry.attempt = lease.epoch, lease.attempt
+        self.delivered[entry.dot] = entry
         if lease.due_ms > now_ms:
             entry.leased_ms = min(lease.leased_ms, now_ms)
             due_ms = min(lease.due_ms, entry.leased_ms + MAX_LEASE_MS)
-            self._lease_until(self._queues[entry.queue], entry, due_ms)
+            self._lease_until(queue, entry, due_ms)
+        elif self._exhausted(queue, entry):
+            self._end(queue, entry, Ended.EXHAUSTED)
 
     def waiting(self) -> list[int]:
         """Tokens of all who wait."""
@@ -234,6 +240,12 @@ class PartitionDelivery:
         if queue is not None:
             del queue.waiters[token]
             self._drop_if_idle(queue)
+
+    def resume(self, now_ms: int) -> None:
+        """Deliver again, first to those who waited. O(waiters)."""
+        self.paused = False
+        for queue in list({queue.name: queue for queue in self._waiting_in.values()}.values()):
+            self._serve(queue, now_ms)
 
     def release(self, dot: int, receipt: Receipt, now_ms: int) -> None:
         """Undo a delivery that never reached its consumer: it was no attempt."""
@@ -431,11 +443,12 @@ class PartitionDelivery:
         queue.counts[entry.state] -= 1
         queue.counts[state] += 1
         if state is State.LEASED:
-            self.leased[entry.dot] = entry
-            self.leases_changed += 1
-        elif entry.state is State.LEASED:
-            del self.leased[entry.dot]
-            self.leases_changed += 1
+            self.delivered[entry.dot] = entry
+        if state is State.GONE:
+            changed = self.delivered.pop(entry.dot, None) is not None
+        else:
+            changed = State.LEASED in (state, entry.state)
+        self.deliveries_changed += changed
         entry.state = state
 
     def _state_on_arrival(self, entry: Entry, now_ms: int) -> State:
@@ -485,7 +498,7 @@ class PartitionDelivery:
 
     def _serve(self, queue: _Queue, now_ms: int) -> None:
         """Hand ready messages to those who wait, first come, first served."""
-        while queue.waiters:
+        while queue.waiters and not self.paused:
             token = next(iter(queue.waiters))
             waiter = queue.waiters[token]
             taken = self._take(queue, waiter.most, waiter.visibility_ms, now_ms)
