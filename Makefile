@@ -47,7 +47,7 @@ format: $(LINT_READY) ## ruff: mend what it can, format everything
 types: $(LINT_READY) ## mypy --strict: the four packages, testkit, each main.py, the scripts
 	$(LINT) -m mypy $(PACKAGES:%=-p %)
 	set -e; for main in $(MAINS); do (cd $$main && $(abspath_lint) -m mypy --config-file "$(CURDIR)/pyproject.toml" main.py); done
-	cd scripts && MYPYPATH=. $(abspath_lint) -m mypy --config-file "$(CURDIR)/pyproject.toml" nodes.py environment.py
+	cd scripts && MYPYPATH=. $(abspath_lint) -m mypy --config-file "$(CURDIR)/pyproject.toml" clusters.py environment.py
 
 abspath_lint = $(if $(filter /%,$(LINT)),$(LINT),"$(CURDIR)/$(LINT)")
 

@@ -112,5 +112,5 @@ function Invoke-Nodes {
     if (-not (Test-Path -LiteralPath $python)) {
         $python = Find-Python
     }
-    & $python (Join-Path $Scripts 'nodes.py') $Verb $Service
+    & $python (Join-Path $Scripts 'clusters.py') $Verb $Service
 }

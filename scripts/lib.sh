@@ -92,5 +92,5 @@ prepare() {
 nodes() {
   local python=$VENV/bin/python
   [ -x "$python" ] || python=$(find_python) || exit 1
-  "$python" "$SCRIPTS/nodes.py" "$@"
+  "$python" "$SCRIPTS/clusters.py" "$@"
 }

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import LOCK
+from lock_harness import LOCK
 
 from testkit.sim import many, seeds
 

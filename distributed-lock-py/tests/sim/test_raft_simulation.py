@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import FIVE, MEMBERSHIP, RAFT
+from register_harness import FIVE, MEMBERSHIP, RAFT
 
 from testkit.sim import many, seeds
 

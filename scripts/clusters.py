@@ -1,6 +1,6 @@
 """Start and stop the clusters of this copy: what start.sh, stop.sh and their .ps1 twins call.
 
-    python nodes.py start|stop|list [all|lock|queue|cache|secure]
+    python clusters.py start|stop|list [all|lock|queue|cache|secure]
 
 Everything lives under .run/<service>/: <node>.log, <node>.pid (for people), <node>.json (what
 `stop` trusts: the pid and when that process started) and data/<first port>/<node>, which stays when
