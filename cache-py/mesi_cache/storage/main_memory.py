@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,8 +126,8 @@ class MainMemory:
         self._on_settled, self._on_loaded = on_settled, on_loaded
         self._applied_rows, self._failed = applied_rows, failed
         self._tasks = [
-            asyncio.create_task(self._guarded(self._keep_syncing()), name="log sync"),
-            asyncio.create_task(self._guarded(self._keep_loading()), name="store reads"),
+            asyncio.create_task(self._guarded(self._keep_syncing), name="log sync"),
+            asyncio.create_task(self._guarded(self._keep_loading), name="store reads"),
         ]
 
     # --- writing ------------------------------------------------------------------------------
@@ -244,9 +244,9 @@ class MainMemory:
         if self._log is not None:
             self._log.close()
 
-    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            await work
+            await work()
         except asyncio.CancelledError:
             raise
         except Exception as e:  # a disk that failed: whoever is told stops the node

@@ -378,6 +378,7 @@ class Directory:
     def _fetch(self, step: Step, entry: Entry, asked: Asked, *, keep: bool) -> None:
         entry.number = self._next_number()
         for source, copy in entry.copies.items():
+            self._counts.invalidations_sent += not keep
             self._wait_for(step, entry, source, copy)
             self._tell(
                 step, entry, source, Fetch(entry.key, entry.number, keep, self._name(asked.source))
