@@ -111,7 +111,8 @@ class Cluster:
                     del self.pending[what]
         for gained in fx.gained:
             self.marks[gained.epoch] = 0
-            self.ledger.gained(P, node.core.state(P))
+            if node.core.may_serve(P, self.now_ms):
+                self.ledger.gained(P, node.core.state(P))
         for read in fx.reads:
             found = [
                 Copy(e, s, b"", node.bodies[e, s])

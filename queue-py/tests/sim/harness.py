@@ -30,7 +30,7 @@ from message_queue.core.replication.contract import (
     PutDraft,
     ReplicationConfig,
 )
-from message_queue.core.replication.effects import Effects
+from message_queue.core.replication.effects import Committed, Effects, Gained, Lost
 from message_queue.core.replication.replicator import Replicator
 from message_queue.core.replication.state import PartitionState
 from testkit.checkers import total_queue
@@ -178,29 +178,18 @@ class SimNode:
                 done.upto,
                 self.harness.durable(done.partition),
             )
-            ready = self.ready[done.partition]
-            for seq in range(first, done.upto + 1):
-                if self.core.state(done.partition).held.has(done.epoch, seq):
-                    ready.setdefault((done.epoch, seq), 0.0)
-            left = []
-            for epoch, upto, answer, reply in self.waiting.pop(done.partition, []):
-                if epoch == done.epoch and upto <= done.upto:
-                    reply.resolve(answer)
-                else:
-                    left.append((epoch, upto, answer, reply))
-            self.waiting[done.partition] = left
+            self.committed(done, first)
         for lost in fx.lost:
-            self.ready.pop(lost.partition, None)
-            for _, _, _, reply in self.waiting.pop(lost.partition, []):
-                self.host.cover("clean_in_doubt" if lost.clean else "in_doubt")
-                reply.resolve("unknown")
+            self.lost(lost)
         for gained in fx.gained:
             state = self.core.state(gained.partition)
-            self.harness.ledger.gained(gained.partition, state)
+            if self.core.may_serve(gained.partition, self.host.now_ms()):
+                # Not one that was paused while it was elected, and is long deposed.
+                self.harness.ledger.gained(gained.partition, state)
             self.marks[gained.partition, gained.epoch] = 0
-            self.ready[gained.partition] = dict.fromkeys(state.held.dots(), 0.0)
             for dot in state.held.dots():
                 assert (gained.partition, *dot) in self.bodies, "held without a body"
+            self.gained(gained)
         for partition, spans in fx.forget:
             self.forget(partition, spans)
         for read in fx.reads:
@@ -213,6 +202,35 @@ class SimNode:
                         size += len(put[1])
             self.host.cover("copies_read", len(found))
             self.run(self.core.bodies_read(read, tuple(found), (), self.host.now_ms()))
+
+    # -- the delivery machine: whoever comes, in the order stored --------------------------------
+
+    def gained(self, gained: Gained) -> None:
+        assert self.core is not None
+        held = self.core.state(gained.partition).held
+        self.ready[gained.partition] = dict.fromkeys(held.dots(), 0.0)
+
+    def committed(self, done: Committed, first: int) -> None:
+        assert self.core is not None
+        ready = self.ready[done.partition]
+        for seq in range(first, done.upto + 1):
+            if self.core.state(done.partition).held.has(done.epoch, seq):
+                ready.setdefault((done.epoch, seq), 0.0)
+        left = []
+        for epoch, upto, answer, reply in self.waiting.pop(done.partition, []):
+            if epoch == done.epoch and upto <= done.upto:
+                reply.resolve(answer)
+            else:
+                left.append((epoch, upto, answer, reply))
+        self.waiting[done.partition] = left
+
+    def lost(self, lost: Lost) -> None:
+        self.ready.pop(lost.partition, None)
+        for _, _, _, reply in self.waiting.pop(lost.partition, []):
+            self.host.cover("clean_in_doubt" if lost.clean else "in_doubt")
+            reply.resolve("unknown")
+
+    # -- storage ---------------------------------------------------------------------------------
 
     def keep_bodies(self, record: LogRecord) -> None:
         match record:
@@ -499,7 +517,7 @@ class QueueHarness(Harness[SimNode]):
                 assert other.held == state.held, f"partition {partition}: node {node} differs"
                 assert other.sealed == state.sealed
             self.ledger.gained(partition, state)
-            leftovers.extend(f"{partition}-{e}-{s}" for e, s in state.held.dots())
+            leftovers.extend(self.leftovers(partition, state))
         verdict = total_queue.check(self.world.history, leftovers=leftovers)
         verdict.require()
         self.world.coverage.hit(
@@ -508,6 +526,10 @@ class QueueHarness(Harness[SimNode]):
         self.world.coverage.hit(
             "produced", sum(op.kind == "produce" and op.status == "ok" for op in self.world.history)
         )
+
+    def leftovers(self, partition: int, state: PartitionState) -> list[str]:
+        """The ids of the messages still stored."""
+        return [f"{partition}-{epoch}-{seq}" for epoch, seq in state.held.dots()]
 
     def stop_clients(self) -> None:
         self.stopped = True

@@ -10,6 +10,7 @@ import pytest
 from testkit.sim import many, run, seeds
 
 sys.path.insert(0, str(Path(__file__).parent))
+from delivery import DELIVERY
 from harness import CALM, DAMAGE, FAULTS, FIVE, WIPES
 
 pytestmark = pytest.mark.sim
@@ -61,3 +62,16 @@ def test_damaged_records_are_withdrawn_and_fetched_again() -> None:
 def test_a_seed_replays_to_the_same_end() -> None:
     first = run(FAULTS, 3, fingerprint=True)
     assert run(FAULTS, 3, fingerprint=True).fingerprint == first.fingerprint
+
+
+def test_the_delivery_machine_on_top_delivers_everything_and_nothing_twice_acked() -> None:
+    coverage = many(DELIVERY, seeds(12))
+    for name, times in {
+        "acked": 200,
+        "redelivered": 50,
+        "granted_to_a_waiter": 20,
+        "nacked": 20,
+        "leases_passed_on": 3,
+        "deduped_retry": 1,
+    }.items():
+        coverage.require(name, times * len(seeds(12)) // 12)
