@@ -1,0 +1,469 @@
+"""The Python client.
+
+    async with LockClient(["http://127.0.0.1:8000", "http://127.0.0.1:8001"]) as client:
+        async with client.lock("jobs", ttl_ms=5_000) as held:
+            write(token=held.fencing_token)
+
+It finds the leader, follows it when it changes, and sends every request again under the same
+request id until the outcome is known. In the background it keeps the leases alive. When one is
+lost all the same (no majority for too long, an operator, this process slept), `held.lost` becomes
+true and the body of the `async with` is cancelled and leaves by `LeaseLost`: code that believes it
+holds a lock must not go on by mistake. What the body did in its last moments is only safe if the
+resource checks `held.fencing_token`.
+
+A lease is counted from the moment its request was *sent*, so the client gives up no later than the
+cluster does. One `LockClient` is one `client_id`: within it a lock is held once at a time, and a
+second task that wants the same one waits its turn here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import ssl
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import msgspec
+
+BACKOFF_S = (0.02, 0.5)
+CONNECT_TIMEOUT_S = 1.0
+ANSWER_TIMEOUT_S = 5.0  # beyond what the request itself may wait
+LOOK_AROUND_S = 1.0  # while a request waits this long, ask the others who leads
+KEEPALIVES_PER_LEASE = 3
+RELEASE_PERSIST_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class LockError(Exception):
+    """Base of all errors of this client."""
+
+
+class LockHeld(LockError):
+    """A try (`wait_ms=0`) found the lock taken; `holders` as in the HTTP answer."""
+
+    def __init__(self, holders: list[dict[str, Any]]) -> None:
+        super().__init__("the lock is held")
+        self.holders = holders
+
+
+class LockTimeout(LockError):
+    """`wait_ms` passed."""
+
+
+class DeadlockDetected(LockError):
+    """Waiting would never have ended; `cycle` names the clients, this one first."""
+
+    def __init__(self, cycle: list[str]) -> None:
+        super().__init__(f"deadlock: {' -> '.join(cycle)}")
+        self.cycle = cycle
+
+
+class LeaseLost(LockError):
+    """The lock is not this client's any more, though it did not release it."""
+
+
+class Refused(LockError):
+    """The request itself is wrong, or not possible; `status` and `body` of the HTTP answer."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        super().__init__(f"{status}: {body.get('error', 'refused')}")
+        self.status = status
+        self.body = body
+
+
+class Unavailable(LockError):
+    """No answer in time. If not `definite`, the request may still take effect."""
+
+    def __init__(self, message: str, *, definite: bool) -> None:
+        super().__init__(message)
+        self.definite = definite
+
+
+class Held:
+    """A lock (or several) that this client holds; see `LockClient.lock`."""
+
+    def __init__(self, names: tuple[str, ...], token: int, ttl_ms: int | None) -> None:
+        self.names = names
+        self.fencing_token = token
+        self.ttl_ms = ttl_ms
+        self._lost = asyncio.Event()
+        self._until_s = 0.0  # on the loop's clock; 0: no lease, or not known yet
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelled_body = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else may have it by now."""
+        return self._lost.is_set()
+
+    async def wait_lost(self) -> None:
+        """Return when it is lost (for whoever prefers a signal to a cancelled body)."""
+        await self._lost.wait()
+
+    def _lasts_until(self, until_s: float) -> None:
+        if self.lost or until_s <= self._until_s:
+            return
+        self._until_s = until_s
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(until_s, self._lose)
+
+    @property
+    def _keep_at_s(self) -> float:
+        """When a keepalive is due: early enough for some to fail."""
+        length_s = (self.ttl_ms or 0) / 1000
+        return self._until_s - length_s + length_s / KEEPALIVES_PER_LEASE
+
+    def _lose(self) -> None:
+        if self.lost:
+            return
+        self._lost.set()
+        if self._task is not None and not self._task.done():
+            self._cancelled_body = True
+            self._task.cancel()
+
+    def _end(self) -> None:
+        self._task = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class LockClient:
+    """One client of the cluster at `urls` (some nodes' HTTP addresses; the others are learned).
+
+    `client_id`: default a random one. `persist_s`: how long a request is tried while no node can
+    answer it. `ssl`: for https. Use it by `async with`.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        client_id: str | None = None,
+        persist_s: float = 30.0,
+        ssl: ssl.SSLContext | None = None,
+    ) -> None:
+        if not urls:
+            raise ValueError("at least one URL is needed")
+        self.client_id = client_id or f"py-{secrets.token_hex(8)}"
+        self._urls = [url.rstrip("/") for url in urls]
+        self._leader = self._urls[0]
+        self._persist_s = persist_s
+        self._ssl = ssl
+        self._session: aiohttp.ClientSession | None = None
+        self._held: set[Held] = set()
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._keeper: asyncio.Task[None] | None = None
+        self._new_lease = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(limit=0, ssl=self._ssl or True)
+        self._session = aiohttp.ClientSession(connector=connector)
+        self._keeper = asyncio.create_task(self._keep_alive(), name="lock keepalive")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._keeper
+        if self._session is not None:
+            await self._session.close()
+
+    # --- locks --------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lock(
+        self,
+        name: str,
+        *,
+        lock_type: str = "exclusive",
+        permits: int | None = None,
+        limit: int | None = None,
+        wait_ms: int = 10_000,
+        ttl_ms: int | None = 10_000,
+    ) -> AsyncIterator[Held]:
+        """Hold one lock for the length of the block.
+
+        `ttl_ms` None: no lease; it stays held if this process dies. Raises LockHeld, LockTimeout,
+        DeadlockDetected, Refused, Unavailable; LeaseLost out of the block.
+        """
+        ask: dict[str, Any] = {"lock_name": name, "lock_type": lock_type}
+        ask |= {k: v for k, v in (("permits", permits), ("limit", limit)) if v is not None}
+        async with self._holding((name,), ask, wait_ms, ttl_ms) as held:
+            yield held
+
+    @asynccontextmanager
+    async def locks(
+        self,
+        asks: Sequence[str | Mapping[str, Any]],
+        *,
+        wait_ms: int = 10_000,
+        ttl_ms: int | None = 10_000,
+    ) -> AsyncIterator[Held]:
+        """Hold several locks, all or none. An ask is a name (exclusive) or
+        `{"lock_name": …, "lock_type": …}`."""
+        wanted = [{"lock_name": ask} if isinstance(ask, str) else dict(ask) for ask in asks]
+        names = tuple(sorted(ask["lock_name"] for ask in wanted))
+        async with self._holding(names, {"locks": wanted}, wait_ms, ttl_ms) as held:
+            yield held
+
+    @asynccontextmanager
+    async def _holding(
+        self, names: tuple[str, ...], ask: dict[str, Any], wait_ms: int, ttl_ms: int | None
+    ) -> AsyncIterator[Held]:
+        async with self._turn(names, wait_ms):
+            held = await self._acquire(names, {**ask, "wait_ms": wait_ms}, ttl_ms)
+            task = asyncio.current_task()
+            outer_cancels = task.cancelling() if task is not None else 0
+            held._task = task
+            self._held.add(held)
+            self._new_lease.set()
+            try:
+                yield held
+            except asyncio.CancelledError:
+                if held._cancelled_body and task is not None and task.uncancel() <= outer_cancels:
+                    raise LeaseLost(f"{', '.join(names)} lost") from None
+                raise
+            finally:
+                held._end()
+                self._held.discard(held)
+                if not held.lost:
+                    await asyncio.shield(self._release(names, held.fencing_token))
+            if held.lost:  # the body did not notice, or did not care
+                raise LeaseLost(f"{', '.join(names)} lost")
+
+    @asynccontextmanager
+    async def _turn(self, names: tuple[str, ...], wait_ms: int) -> AsyncIterator[None]:
+        """The right to ask for these names within this client; always taken in sorted order."""
+        taken: list[asyncio.Lock] = []
+        try:
+            try:
+                async with asyncio.timeout(wait_ms / 1000 or None):
+                    for name in names:
+                        turn = self._turns.setdefault(name, asyncio.Lock())
+                        if not wait_ms and turn.locked():
+                            raise LockHeld([])
+                        await turn.acquire()
+                        taken.append(turn)
+            except TimeoutError:
+                raise LockTimeout(f"another task of this client holds {names}") from None
+            yield
+        finally:
+            for turn in taken:
+                turn.release()
+            for name in names:
+                if name in self._turns and not self._turns[name].locked():
+                    del self._turns[name]
+
+    async def _acquire(
+        self, names: tuple[str, ...], ask: dict[str, Any], ttl_ms: int | None
+    ) -> Held:
+        body = {**ask, "client_id": self.client_id, "request_id": secrets.token_hex(8)}
+        if ttl_ms is not None:
+            body["ttl_ms"] = ttl_ms
+        try:
+            answer, sent_s = await self._ask("/acquire", body, wait_s=ask["wait_ms"] / 1000)
+            held = Held(names, answer["fencing_token"], ttl_ms)
+            if ttl_ms is not None:
+                await self._begin_lease(held, sent_s, answer["expires_in_ms"] / 1000)
+        except (asyncio.CancelledError, Unavailable):
+            # It may have been granted, and our keepalives would keep it for ever.
+            await asyncio.shield(self._release(names, None))
+            raise
+        return held
+
+    async def _begin_lease(self, held: Held, sent_s: float, remains_s: float) -> None:
+        """The lease began somewhere between the request and its answer. After a long wait that
+        says little, so it is counted anew."""
+        if asyncio.get_running_loop().time() - sent_s < remains_s / 2:
+            held._lasts_until(sent_s + remains_s)
+            return
+        await self._keep([held])
+        if held.lost:
+            raise LeaseLost(f"{', '.join(held.names)} lost")
+
+    async def _release(self, names: tuple[str, ...], token: int | None) -> None:
+        """Give them back, if this client has them. What cannot be released now ends with its
+        lease."""
+        for name in names:
+            body: dict[str, Any] = {
+                "lock_name": name,
+                "client_id": self.client_id,
+                "request_id": secrets.token_hex(8),
+            }
+            if token is not None:
+                body["fencing_token"] = token
+            try:
+                await self._ask("/release", body, persist_s=min(self._persist_s, RELEASE_PERSIST_S))
+            except Unavailable as error:
+                log.warning("could not release %s: %s", name, error)
+            except Refused as refused:
+                if refused.status != 409:  # 409: not held (any more)
+                    raise
+
+    # --- leases -------------------------------------------------------------------------------
+
+    async def _keep_alive(self) -> None:
+        """One keepalive renews all leases of this client; sent when the first one needs it."""
+        loop = asyncio.get_running_loop()
+        pause_s = 0.0
+        while True:
+            self._new_lease.clear()
+            leases = [held for held in self._held if held.ttl_ms is not None and not held.lost]
+            due_s = min((held._keep_at_s for held in leases), default=None)
+            wait_s = None if due_s is None else max(pause_s, due_s - loop.time())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._new_lease.wait(), wait_s)
+                continue
+            try:
+                await self._keep(leases)
+                pause_s = 0.0
+            except LockError as error:
+                log.warning("keepalive failed: %s", error)  # the leases' own deadlines go on
+                pause_s = BACKOFF_S[1]
+
+    async def _keep(self, leases: Sequence[Held]) -> None:
+        """One keepalive. It counts for leases that were held before it was sent."""
+        shortest_s = min((held.ttl_ms or 0) for held in leases) / 1000
+        lost: set[str] = set()
+        try:
+            _, sent_s = await self._ask(
+                "/keepalive", {"client_id": self.client_id}, persist_s=shortest_s
+            )
+        except Refused as refused:
+            if refused.status != 409:
+                raise
+            sent_s = refused.body["sent_s"]
+            lost.update(refused.body.get("lost", ()))
+        for held in leases:
+            if lost.intersection(held.names):
+                held._lose()
+            elif held.ttl_ms is not None:
+                held._lasts_until(sent_s + held.ttl_ms / 1000)
+
+    # --- requests -----------------------------------------------------------------------------
+
+    async def _ask(
+        self,
+        path: str,
+        body: dict[str, Any],
+        *,
+        wait_s: float = 0.0,
+        persist_s: float | None = None,
+    ) -> tuple[dict[str, Any], float]:
+        """The answer's body, and when the request that it answers was sent."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s + (self._persist_s if persist_s is None else persist_s)
+        encoded = msgspec.json.encode(body)
+        backoff_s = BACKOFF_S[0]
+        definite = True
+        while True:
+            url, sent_s = self._leader, loop.time()
+            limit_s = min(wait_s + ANSWER_TIMEOUT_S, max(0.05, deadline - sent_s))
+            try:
+                status, answer = await self._exchange(url, path, encoded, limit_s)
+            except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
+                definite = False
+                self._look_elsewhere(url)
+            else:
+                match status:
+                    case 200:
+                        return answer, sent_s
+                    case 307 if answer.get("leader"):
+                        self._learn(answer["leader"])
+                        if self._leader != url:
+                            continue
+                    case 503:
+                        definite = definite and answer.get("definite", True) is not False
+                        self._look_elsewhere(url)
+                    case _:
+                        _raise(status, {**answer, "sent_s": sent_s})
+            if loop.time() + backoff_s > deadline:
+                raise Unavailable(f"no node answers {path}", definite=definite)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            backoff_s = min(backoff_s * 2, BACKOFF_S[1])
+
+    async def _exchange(
+        self, url: str, path: str, body: bytes, limit_s: float
+    ) -> tuple[int, dict[str, Any]]:
+        """One request to one node; given up when the others say that somebody else leads."""
+        request = asyncio.create_task(self._post(url, path, body, limit_s))
+        try:
+            while True:
+                done, _ = await asyncio.wait((request,), timeout=LOOK_AROUND_S)
+                if done:
+                    return request.result()
+                if await self._leads_elsewhere(url):
+                    raise TimeoutError("another node leads")
+        finally:
+            if not request.done():
+                request.cancel()
+                with suppress(asyncio.CancelledError, aiohttp.ClientError, OSError):
+                    await request
+
+    async def _post(
+        self, url: str, path: str, body: bytes, limit_s: float
+    ) -> tuple[int, dict[str, Any]]:
+        if self._session is None:
+            raise RuntimeError("use the client by `async with`")
+        timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=CONNECT_TIMEOUT_S)
+        async with self._session.post(
+            url + path, data=body, timeout=timeout, allow_redirects=False
+        ) as response:
+            return response.status, msgspec.json.decode(await response.read(), type=dict[str, Any])
+
+    async def _leads_elsewhere(self, url: str) -> bool:
+        """Whether another node is known to lead; then it is learned."""
+        if self._session is None:
+            return False
+        others = [other for other in self._urls if other != url]
+        random.shuffle(others)
+        timeout = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT_S)
+        for other in others:
+            with suppress(aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
+                async with self._session.get(other + "/status", timeout=timeout) as response:
+                    status = msgspec.json.decode(await response.read(), type=dict[str, Any])
+                if status.get("leader") not in (None, url):
+                    self._learn(status["leader"])
+                    return True
+        return False
+
+    def _learn(self, url: str) -> None:
+        self._leader = url
+        if url not in self._urls:
+            self._urls.append(url)
+
+    def _look_elsewhere(self, url: str) -> None:
+        """Try the next node, unless another task found a better one meanwhile."""
+        if self._leader == url:
+            at = self._urls.index(url)
+            self._leader = self._urls[(at + 1) % len(self._urls)]
+
+
+def _raise(status: int, body: dict[str, Any]) -> None:
+    """Raise what an answer that is not a success means."""
+    match body.get("status"):
+        case "held":
+            raise LockHeld(body.get("holders", []))
+        case "timeout":
+            raise LockTimeout("timed out waiting for the lock")
+        case "deadlock":
+            raise DeadlockDetected(body.get("cycle", []))
+        case "lost" if "locks" not in body:  # not keepalive's, which renewed the others
+            raise LeaseLost(f"lost: {', '.join(body.get('lost', ()))}")
+        case _:
+            raise Refused(status, body)
