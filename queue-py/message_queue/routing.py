@@ -4,6 +4,7 @@ for an owner; never longer than two seconds beyond what the client asked to wait
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,15 @@ from message_queue.transport.forwards import Asked, Forwards, NotSent, OutcomeUn
 if TYPE_CHECKING:
     from message_queue.node import Node
 
+log = logging.getLogger(__name__)
+
 NO_OWNER_S = 1.7
 """How long an operation waits for an owner before 503."""
 FORWARD_S = 1.85
 """How long an answer may take, beyond what the client asked to wait."""
 _LOOK_AGAIN_S = 0.05
 MAX_CHAIN = 16
+MAX_TOLD = 1024
 _partition_of = lru_cache(maxsize=65536)(partition_of)
 
 
@@ -51,6 +55,8 @@ class Router:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.forwards = Forwards(node.send)
+        self._told: dict[str, int] = {}
+        """Queue -> the owner that the log named last."""
 
     # ── one operation ───────────────────────────────────────────────────────────────────────────
 
@@ -72,6 +78,8 @@ class Router:
         began_s = loop.time()
         give_up_s = began_s + NO_OWNER_S
         while True:
+            if isinstance(op, Produce):
+                self._tell(op.queue, partition)
             delivered = await self.here(op)
             if delivered is not None:
                 return delivered
@@ -95,6 +103,23 @@ class Router:
                 # the usual patience for a new owner.
                 left_s = max(0.0, wait_s - (loop.time() - began_s))
                 op = msgspec.structs.replace(op, wait_ms=int(left_s * 1000))
+
+    def _tell(self, queue: str, partition: int) -> None:
+        """Name a queue's owner in the log, once and whenever it changes."""
+        position = self._node.replicator.owner(partition)
+        if position is None or self._told.get(queue) == position:
+            return
+        if len(self._told) >= MAX_TOLD:
+            self._told.clear()
+        self._told[queue] = position
+        mine = position == self._node.config.position
+        log.info(
+            "queue %s: partition %d, owner %s (%s)",
+            queue,
+            partition,
+            self._node.addresses[position],
+            "this node" if mine else "forwarding",
+        )
 
     async def here(self, op: Operation) -> Delivered | None:
         """Do it if this node is the owner; None (and nothing done) if not."""
