@@ -82,13 +82,14 @@ def follow(state: State, leader_id: int) -> None:
 
 def lose_sight_of_leader(state: State) -> None:
     """The leader is probably gone (its connection broke, or it left the configuration): it is no
-    longer protected, and an election is tried soon instead of after a whole timeout."""
+    longer protected, and an election is tried soon instead of after a whole timeout. All followers
+    see this at the same moment; taking turns by id keeps them from splitting the vote."""
     state.following.heard_ms = None
-    soon = state.config.reset_campaign_ms
-    if soon is not None:
-        state.election_deadline = min(
-            state.election_deadline, state.now_ms + 1 + state.chance(max(1, soon))
-        )
+    spacing = state.config.reset_campaign_ms
+    if spacing is not None:
+        turn = sum(1 for voter in state.members.voters - {state.leader_id} if voter < state.me)
+        delay = 1 + turn * spacing + state.chance(spacing // 4 + 1)
+        state.election_deadline = min(state.election_deadline, state.now_ms + delay)
 
 
 def abdicate(state: State, event: Event, reason: str) -> None:
