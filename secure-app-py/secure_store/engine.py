@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from secure_store.core import machine, plan
@@ -202,6 +203,11 @@ class Engine:
     def on_disk_failed(self, reason: str) -> None:
         """(Writer's thread.) Nothing can be promised any more: the node ends."""
         self._loop.call_soon_threadsafe(self._on_failed, reason)
+
+    def on_quarantine(self, copy: Path, count: int) -> None:
+        """(Writer's thread.) What this node had beyond the common history was set aside."""
+        details = f"{count} records of another history are kept in {copy}"
+        self._loop.call_soon_threadsafe(self._on_note, "quarantined", details)
 
     def _durable(self, number: int, applied_seq: int) -> None:
         self.view.applied(applied_seq)

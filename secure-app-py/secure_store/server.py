@@ -102,6 +102,7 @@ def load(
 ) -> tuple[PairState, Effects, tuple[Record, ...]]:
     """The machine as the disk left it, what it wants done first, and the log not yet applied."""
     try:
+        database.claim()
         applied = database.applied()
         recovered = database.read_log(applied.seq, 1 << 62, 1 << 62)
         if recovered is None:
@@ -171,7 +172,12 @@ async def serve(
     )
     node.attach(engine)
     writer = Writer(
-        database, on_durable=engine.on_durable, on_failed=engine.on_disk_failed, now_ms=wall_ms
+        database,
+        on_durable=engine.on_durable,
+        on_failed=engine.on_disk_failed,
+        on_quarantine=engine.on_quarantine,
+        quarantine_dir=config.data_dir,
+        now_ms=wall_ms,
     )
     links = Links(tls, on_up=engine.on_up, on_down=engine.on_down, on_frame=engine.on_frame)
     app = application.build(

@@ -82,7 +82,6 @@ class Session:
     acked_shown_seq: int = 0  # on both, and the replica knows
     progress_ms: int = 0
     fetching: bool = False
-    told_in_step: bool = False
     told_sealed: bool = False
     primary_durable_seq: int = 0  # replica: how far the primary's disk is
     rows_staged: int = 0

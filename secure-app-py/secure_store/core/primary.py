@@ -283,17 +283,13 @@ def come_closer(state: PairState, fx: Effects, now_ms: int) -> None:
     if not state.wished.in_step and not state.durable.in_step and near:
         state.barrier_seq = state.last.seq
         save(state, fx, in_step=True)
-    if state.in_step and session.phase is Phase.CATCHUP and near:
+    # What was acknowledged alone is on both disks, and shown on both, before anything is "in step".
+    caught_up = near and session.acked_shown_seq >= state.barrier_seq
+    if state.in_step and session.phase is Phase.CATCHUP and caught_up:
         session.phase = Phase.LIVE
         fx.notes.append(("in_step", f"replica {state.wished.peer_id} is in step"))
-        drain_held(state, fx, now_ms)
-    if (
-        session.phase is Phase.LIVE
-        and not session.told_in_step
-        and session.acked_seq >= state.barrier_seq
-    ):
-        session.told_in_step = True
         send(state, fx, InStep(), now_ms)
+        drain_held(state, fx, now_ms)
 
 
 # --- deciding

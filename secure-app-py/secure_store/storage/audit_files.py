@@ -40,6 +40,7 @@ class Sink:
             os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0),
             0o600,
         )
+        os.fsync(self._fd)  # what a killed predecessor left in the page cache
         self._good = os.fstat(self._fd).st_size
         sync_directory(self.path.parent)
 

@@ -10,6 +10,7 @@ hold more. One writer (writer.py) changes anything; readers have connections of 
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from secure_store.core.effects import Durable
 from secure_store.core.kv import Damaged, KeyState
 from secure_store.core.records import ORIGIN, Position, Record
 from secure_store.core.tokens import TokenSet
+from secure_store.files import sync_directory
 from secure_store.storage.keyring import Keyring
 
 SCHEMA_VERSION = 1
@@ -51,8 +53,6 @@ CREATE TABLE IF NOT EXISTS remembered (name TEXT PRIMARY KEY, expires_ms INTEGER
   sealed BLOB NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS remembered_expiry ON remembered (expires_ms);
 CREATE TABLE IF NOT EXISTS staged (id INTEGER PRIMARY KEY, sealed BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS quarantine (id INTEGER PRIMARY KEY, seq INTEGER NOT NULL,
-  sealed BLOB NOT NULL);
 """
 _STATE_TABLES = ("keys", "vals", "tokens", "policies", "remembered")
 
@@ -139,6 +139,13 @@ class Database:
     def rollback(self) -> None:
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
+
+    def claim(self) -> None:
+        """Make whatever a killed predecessor left in the page cache durable, by a commit of our
+        own: what this start reads it will answer for."""
+        self.begin()
+        self._put_meta("claimed", os.urandom(8))
+        self.commit()
 
     # --- meta ---------------------------------------------------------------------------------
 
@@ -368,19 +375,19 @@ class Database:
             [(self._keyring.seal(b"staged", row),) for row in rows],
         )
 
-    def install(self, position: Position, quarantine_after: int | None, state: Durable) -> None:
-        """Make the staged rows the state at `position`; the log's foreign end goes to
-        quarantine."""
-        if quarantine_after is not None:
-            foreign = self._db.execute(
-                "SELECT seq, sealed FROM log WHERE seq > ? ORDER BY seq", (quarantine_after,)
-            ).fetchall()
-            for seq, sealed in foreign:
-                plain = _encode(self._open_record(seq, sealed))
-                self._db.execute(
-                    "INSERT INTO quarantine (seq, sealed) VALUES (?, ?)",
-                    (seq, self._keyring.seal(b"quarantine\0%d" % seq, plain)),
-                )
+    def set_aside(self, path: Path) -> None:
+        """Copy the whole store to `path`, durably: what a replaced primary acknowledged alone is in
+        it, and opens with this node's keyring. Outside of transactions only."""
+        scratch = path.with_name(path.name + ".new")
+        scratch.unlink(missing_ok=True)
+        self._db.execute("VACUUM INTO ?", (str(scratch),))
+        with scratch.open("rb+") as f:
+            os.fsync(f.fileno())
+        scratch.replace(path)
+        sync_directory(path.parent)
+
+    def install(self, position: Position, state: Durable) -> None:
+        """Make the staged rows the state at `position`, instead of everything that was there."""
         self._db.execute("DELETE FROM log")
         for table in _STATE_TABLES:
             self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - constant
@@ -408,8 +415,3 @@ class Database:
                 )
             case _:
                 raise Damaged("a snapshot row of an unknown table")
-
-    def quarantined(self) -> int:
-        """How many records of another history were set aside."""
-        count: int = self._db.execute("SELECT count(*) FROM quarantine").fetchone()[0]
-        return count

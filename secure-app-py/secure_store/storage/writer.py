@@ -14,6 +14,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
@@ -25,6 +26,7 @@ from secure_store.core.effects import (
     StageRows,
 )
 from secure_store.core.kv import Damaged
+from secure_store.core.messages import SnapshotBegin
 from secure_store.core.records import Record
 from secure_store.storage.database import Database
 
@@ -51,11 +53,15 @@ class Writer:
         *,
         on_durable: Callable[[int, int], None],
         on_failed: Callable[[str], None],
+        on_quarantine: Callable[[Path, int], None],
+        quarantine_dir: Path,
         now_ms: Callable[[], int],
     ) -> None:
         self._database = database
         self._on_durable = on_durable
         self._on_failed = on_failed
+        self._on_quarantine = on_quarantine  # (copy, number of foreign records)
+        self._quarantine_dir = quarantine_dir
         self._now_ms = now_ms
         self._lock = threading.Condition()
         self._work = _Work()
@@ -111,6 +117,9 @@ class Writer:
     def _write(self, work: _Work) -> int:
         """One transaction; returns the number of its last persist operation (0: none)."""
         database = self._database
+        for op in work.persist:
+            if isinstance(op, InstallSnapshot):
+                self._set_aside(op.begin)
         database.begin()
         try:
             number = 0
@@ -131,6 +140,15 @@ class Writer:
         self.commits += 1
         return number
 
+    def _set_aside(self, begin: SnapshotBegin) -> None:
+        """Keep what belongs to another history before a snapshot replaces it."""
+        last = self._database.last()
+        if begin.quarantine_after is None or last.seq <= begin.quarantine_after:
+            return
+        path = self._quarantine_dir / f"quarantine-epoch{last.epoch}-seq{last.seq}.db"
+        self._database.set_aside(path)
+        self._on_quarantine(path, last.seq - begin.quarantine_after)
+
     def _persist(self, op: PersistOp) -> None:
         match op:
             case AppendLog(_, records):
@@ -141,7 +159,7 @@ class Writer:
             case StageRows(_, rows, first):
                 self._database.stage(rows, first=first)
             case InstallSnapshot(_, begin, state):
-                self._database.install(begin.position, begin.quarantine_after, state)
+                self._database.install(begin.position, state)
                 self._applied_seq = begin.position.seq
                 self._tokens = self._database.load_tokens()
                 self._log_first, self._log_count, self._log_bytes = 0, 0, 0

@@ -1,0 +1,87 @@
+"""Two real nodes started as the seed starts them, in a folder of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from testkit.cluster import Cluster, HttpClient, NodeView, Reply
+
+MAIN = Path(__file__).resolve().parents[2] / "main.py"
+ADMIN = {"Authorization": "Bearer token-admin-123"}
+USER = {"Authorization": "Bearer token-user-ABC"}
+DEADLINE_S = 20.0
+
+
+def pair(root: Path, *flags: str, proxied: bool = False) -> Cluster:
+    """nodeA (primary) and nodeB (replica); `proxied`: A reaches B through a proxy that can be
+    cut."""
+
+    def argv(view: NodeView) -> list[str]:
+        name = f"node{'AB'[view.index]}"
+        line = [sys.executable, str(MAIN), f"--id={name}", f"--addr={view.bind()}"]
+        if view.index == 0:
+            replica = view.dial(1, "http") if proxied else view.real(1)
+            line.append(f"--replica=https://{replica}")
+        return [*line, *flags]
+
+    return Cluster(
+        argv, 2, root=root, cwd=root, channels=("http",), proxied=("http",) if proxied else (),
+        scheme="https", headers=ADMIN, env={"CLUSTER_SECRET": ""},
+    )  # fmt: skip
+
+
+async def set_value(client: HttpClient, key: str, value: Any, **fields: Any) -> Reply:
+    reply = await client.post("/set", {"key": key, "value": value, **fields}, timeout_s=10)
+    assert isinstance(reply, Reply), reply
+    return reply
+
+
+async def get(client: HttpClient, path: str, **headers: str) -> Reply:
+    reply = await client.request("GET", path, headers=headers)
+    assert isinstance(reply, Reply), reply
+    return reply
+
+
+async def eventually(what: Callable[[], Awaitable[bool]]) -> None:
+    """Poll until `what` holds."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not await what():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.02)
+
+
+def command(root: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """An operator's command in the nodes' folder."""
+    return subprocess.run(
+        [sys.executable, str(MAIN), *words],
+        cwd=root, capture_output=True, text=True, timeout=60, check=False, env=environment or None,
+    )  # fmt: skip
+
+
+def json_body(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def remove_tree(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def files_under(path: Path) -> list[Path]:
+    return [p for p in path.rglob("*") if p.is_file()]
+
+
+def seeds_certificate(path: Path) -> None:
+    """server.crt and server.key by the seed's own command, Enter pressed for every question."""
+    words = "req -x509 -newkey rsa:4096 -nodes -keyout server.key -out server.crt -days 365"
+    subprocess.run(
+        ["openssl", *words.split()], cwd=path, input="\n" * 7, text=True, check=True,
+        capture_output=True,
+    )  # fmt: skip

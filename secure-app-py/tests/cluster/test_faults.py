@@ -1,0 +1,272 @@
+"""Kill, pause, cut, promote: what was acknowledged is there, and the answers say what holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from testkit.cluster import Reply
+
+pytestmark = pytest.mark.cluster
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kit = sys.modules.get("pair") or _load("pair")
+
+
+async def status(cluster, index: int) -> dict:
+    async with cluster.client(index) as client:
+        return (await kit.get(client, "/status")).json
+
+
+async def test_everything_acknowledged_is_read_back_after_both_are_killed(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path) as cluster:
+        async with cluster.client(0) as admin:
+            for i in range(50):
+                assert (await kit.set_value(admin, f"k{i}", {"n": i})).status == 200
+            made = await admin.post("/tokens", {"roles": ["user"], "name": "reader"})
+            assert isinstance(made, Reply)
+            put = {"rules": [{"pattern": "k1", "verbs": ["read"]}]}
+            body = kit.json_body(put)
+            assert (await admin.request("PUT", "/policies/narrow", body=body)).status == 200
+        cluster.power_cut()
+        await cluster.start_all()
+        for index in (0, 1):
+            bearer = {"Authorization": f"Bearer {made.json['token']}"}
+            async with cluster.client(index, headers=bearer) as reader:
+                for i in range(50):
+                    reply = await kit.get(reader, f"/get?key=k{i}")
+                    assert (reply.status, reply.json["value"]) == (200, {"n": i})
+                assert (await kit.get(reader, "/tokens")).status == 403
+            async with cluster.client(index) as admin:
+                found = await kit.get(admin, "/policies/narrow")
+                assert found.json["rules"][0]["pattern"] == "k1"
+        for name in ("nodeA", "nodeB"):
+            assert kit.command(tmp_path, "audit", "verify", "--id", name).returncode == 0
+
+
+async def test_a_killed_replica_degrades_the_primary_and_catches_up(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path) as cluster, cluster.client(0) as admin:
+        await kit.set_value(admin, "a", 1)
+        cluster.kill(1)
+        began = time.monotonic()
+        reply = await kit.set_value(admin, "a", 2)
+        assert (reply.status, reply.headers["x-replication"]) == (200, "degraded")
+        assert time.monotonic() - began > 0.5, "it waits for a link in the making first"
+        ready = await kit.get(admin, "/readyz")
+        assert (ready.status, ready.headers["x-replication"]) == (200, "degraded")
+        for i in range(20):
+            await kit.set_value(admin, f"b{i}", i)
+        cluster.start(1)
+
+        async def caught_up() -> bool:
+            return (await status(cluster, 0))["link"] == "live"
+
+        await kit.eventually(caught_up)
+        reply = await kit.set_value(admin, "a", 3)
+        assert "x-replication" not in reply.headers
+        async with cluster.client(1) as replica:
+            assert (await kit.get(replica, "/get?key=a")).json["value"] == 3
+            assert (await kit.get(replica, "/get?key=b19")).json["value"] == 19
+        log = (tmp_path / "data" / "nodeA" / "audit" / "audit.log").read_text()
+        assert "pair.went_alone" in log
+
+
+async def test_a_strict_pair_refuses_writes_while_its_replica_is_away(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path, "--replication=strict") as cluster, cluster.client(0) as admin:
+        assert (await kit.set_value(admin, "a", 1)).status == 200
+        cluster.kill(1)
+        reply = await kit.set_value(admin, "a", 2)
+        assert reply.status == 503
+        assert reply.json["definite"] is True
+        assert (await kit.get(admin, "/get?key=a")).json["value"] == 1
+        cluster.start(1)
+
+        async def works() -> bool:
+            return (await kit.set_value(admin, "a", 3)).status == 200
+
+        await kit.eventually(works)
+
+
+async def test_a_paused_replica_is_given_up_after_a_second_and_taken_back(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path) as cluster, cluster.client(0) as admin:
+        await kit.set_value(admin, "a", 1)
+        cluster.pause(1)
+        reply = await kit.set_value(admin, "a", 2)
+        assert reply.headers["x-replication"] == "degraded"
+        cluster.resume(1)
+
+        async def in_step() -> bool:
+            return "x-replication" not in (await kit.set_value(admin, "a", 3)).headers
+
+        await kit.eventually(in_step)
+        async with cluster.client(1) as replica:
+            assert (await kit.get(replica, "/get?key=a")).json["value"] == 3
+
+
+async def test_a_primary_restarted_in_step_waits_for_its_replica(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path) as cluster:
+        async with cluster.client(0) as admin:
+            await kit.set_value(admin, "a", 1)
+        cluster.power_cut()
+        cluster.start(0)
+        await cluster.nodes[0].wait_log("listening on")
+        async with cluster.client(0) as admin:
+            reply = await kit.set_value(admin, "a", 2)
+            assert reply.status == 503
+            assert reply.json["definite"] is True
+            assert (await kit.get(admin, "/get?key=a")).status in (200, 503)
+            cluster.start(1)
+            await cluster.ready(0)
+            assert (await kit.set_value(admin, "a", 3)).status == 200
+            assert (await kit.get(admin, "/get?key=a")).json["value"] == 3
+
+
+async def test_promotion_hands_over_and_the_old_primary_follows(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path) as cluster:
+        async with cluster.client(0) as admin, cluster.client(1) as other:
+            await kit.set_value(admin, "a", 1)
+            promoted = await other.post("/admin/promote", {})
+            assert isinstance(promoted, Reply)
+            assert promoted.json["forced"] is False
+
+            async def moved() -> bool:
+                reply = await kit.set_value(other, "a", 2)
+                return reply.status == 200 and "x-replication" not in reply.headers
+
+            await kit.eventually(moved)
+            assert (await kit.set_value(admin, "a", 3)).status == 421
+            assert (await kit.get(admin, "/get?key=a")).json["value"] == 2
+        # A clean stop is sealed: the other may take over without force.
+        assert await cluster.nodes[1].terminate() == 0
+        async with cluster.client(0) as admin:
+            back = await admin.post("/admin/promote", {})
+            assert isinstance(back, Reply)
+            assert (back.status, back.json.get("forced")) == (200, False)
+
+
+async def test_a_hasty_promotion_is_refused_and_a_forced_one_quarantines(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path) as cluster:
+        async with cluster.client(0) as admin:
+            await kit.set_value(admin, "a", "both")
+            cluster.kill(1)
+            assert (await kit.set_value(admin, "lone", 1)).headers["x-replication"] == "degraded"
+        cluster.kill(0)
+        cluster.start(1)
+        await cluster.ready(1)
+        async with cluster.client(1) as other:
+            refused = await other.post("/admin/promote", {})
+            assert isinstance(refused, Reply)
+            assert refused.status == 409
+            assert {"epoch", "seq", "last_contact_ms_ago"} <= set(refused.json)
+            forced = await other.post("/admin/promote", {"force": True})
+            assert isinstance(forced, Reply)
+            assert forced.json["forced"] is True
+            await kit.set_value(other, "a", "new")
+            cluster.start(0)
+
+            async def joined() -> bool:
+                return (await status(cluster, 1))["link"] == "live"
+
+            await kit.eventually(joined)
+        async with cluster.client(0) as old:
+            assert (await kit.get(old, "/get?key=a")).json["value"] == "new"
+            assert (await kit.get(old, "/get?key=lone")).status == 404
+            assert (await kit.set_value(old, "a", 1)).status == 421
+        assert list((tmp_path / "data" / "nodeA").glob("quarantine-epoch1-*.db"))
+
+
+async def test_a_wiped_primary_is_refused_by_both(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path) as cluster:
+        async with cluster.client(0) as admin:
+            await kit.set_value(admin, "a", 1)
+        cluster.kill(0)
+        kit.remove_tree(tmp_path / "data" / "nodeA")
+        cluster.start(0)
+        await cluster.nodes[0].wait_log("Replica belongs to another cluster")
+        async with cluster.client(0) as admin:
+            reply = await kit.set_value(admin, "a", 2)
+            assert reply.status == 503
+            assert reply.json["error"] == "Replica belongs to another cluster"
+        async with cluster.client(1) as replica:
+            assert (await kit.get(replica, "/get?key=a")).json["value"] == 1
+
+
+async def test_audit_verify_names_what_was_done_to_the_log(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path) as cluster:
+        async with cluster.client(0) as admin:
+            for i in range(10):
+                await kit.set_value(admin, f"k{i}", i)
+
+            async def anchored() -> bool:
+                mine = (await status(cluster, 0))["audit"]["seq"]
+                kept = (await status(cluster, 1))["audit"]["peer_anchor_seq"] or 0
+                return kept >= min(mine, 10)
+
+            await kit.eventually(anchored)
+        url = cluster.url(1)
+        path = tmp_path / "data" / "nodeA" / "audit" / "audit.log"
+        lines = path.read_bytes().splitlines(keepends=True)
+        asked = kit.command(
+            tmp_path, "audit", "verify", "--id", "nodeA", "--peer", url,
+            SECURE_STORE_TOKEN="token-admin-123",
+        )  # fmt: skip
+        assert asked.returncode == 0, asked.stderr
+        assert "after the last anchor" in asked.stdout
+        await cluster.terminate_all()
+    anchors = str(tmp_path / "data" / "nodeB" / "audit" / "anchors-nodeA.jsonl")
+    tampered = {
+        10: [*lines[:4], lines[4].replace(b"200", b"403"), *lines[5:]],
+        11: lines[:4] + lines[5:],
+        12: [*lines[:4], lines[5], lines[4], *lines[6:]],
+        13: lines[:5],
+        16: [*path.read_bytes().splitlines(keepends=True), b'{"half'],
+    }
+    for code, content in tampered.items():
+        path.write_bytes(b"".join(content))
+        words = ("audit", "verify", "--id", "nodeA", "--anchors", anchors)
+        assert kit.command(tmp_path, *words).returncode == code
+
+
+def test_a_mistake_in_a_command_is_exit_code_2_and_one_line(tmp_path: Path) -> None:
+    for words in (["nonsense"], ["audit"], ["audit", "verify"], ["cert", "--days", "0"],
+                  ["--id", "x"], ["--id", "x", "--addr", "127.0.0.1:1", "--replica", "http://a:1"],
+                  ["--id", "x", "--addr", "0.0.0.0:8000"]):  # fmt: skip
+        done = kit.command(tmp_path, *words)
+        assert done.returncode == 2, words
+        assert done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+    assert kit.command(tmp_path, "cert").returncode == 0
+    assert kit.command(tmp_path, "cert").returncode == 2, "nothing is overwritten"
+    assert kit.command(tmp_path, "key", "m.key").returncode == 0
+
+
+def test_beyond_loopback_nothing_is_made_up(tmp_path: Path) -> None:
+    flags = ["--id", "x", "--addr", "0.0.0.0:18999"]
+    assert "--tokens_file" in kit.command(tmp_path, *flags).stderr
+    (tmp_path / "tokens.json").write_text(
+        '[{"name":"ci","roles":["admin"],"token":"token-admin-123"}]'
+    )
+    (tmp_path / "tokens.json").chmod(0o600)
+    flags += ["--tokens_file", "tokens.json"]
+    assert "--master_key_file" in kit.command(tmp_path, *flags).stderr
+    kit.command(tmp_path, "key", "master.key")
+    flags += ["--master_key_file", "master.key"]
+    assert "server.crt" in kit.command(tmp_path, *flags).stderr
+    kit.command(tmp_path, "cert")
+    refused = kit.command(tmp_path, *flags)
+    assert refused.returncode == 2, "the demo token in a token file"
+    assert "22 characters" in refused.stderr or "demo token" in refused.stderr

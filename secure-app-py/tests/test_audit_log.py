@@ -1,0 +1,158 @@
+"""The audit log at work: durable before the answer, continued after a crash, copied to every
+sink."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from secure_store.core.audit import Code, verify
+from secure_store.storage.anchors import AnchorError, Anchors, read_anchors
+from secure_store.storage.audit_files import Sink, raw_lines, read_entries, segments
+from secure_store.storage.audit_log import AuditLog, AuditUnavailable
+from secure_store.storage.keyring import Keyring
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Keyring:
+    return Keyring.open_or_make(tmp_path / "keyring.json", b"m" * 32)
+
+
+def opened(keyring: Keyring, *paths: Path) -> AuditLog:
+    log = AuditLog("nodeA", "log", keyring, paths, on_state=lambda _: None)
+    log.start()
+    return log
+
+
+def note(log: AuditLog, name: str, *, urgent: bool = True) -> asyncio.Future[None] | None:
+    return log.note(
+        name, addr="127.0.0.1", outcome="allowed", request_id="r", status=200, who="me",
+        urgent=urgent,
+    )  # fmt: skip
+
+
+def verdict(keyring: Keyring, path: Path, *heads) -> Code:
+    return verify(raw_lines(path), keyring.audit_mac_key, heads).code
+
+
+async def test_an_urgent_line_is_in_the_file_when_its_future_is_done(keyring, tmp_path) -> None:
+    path = tmp_path / "audit" / "audit.log"
+    log = opened(keyring, path)
+    note(log, "get", urgent=False)
+    await note(log, "set")
+    assert path.read_bytes().count(b"\n") == 2
+    assert log.seq == 2
+    log.stop()
+    assert verdict(keyring, path) is Code.OK
+
+
+async def test_many_urgent_lines_share_an_fsync(keyring, tmp_path) -> None:
+    log = opened(keyring, tmp_path / "audit.log")
+    await asyncio.gather(*(note(log, "set") for _ in range(500)))
+    assert log.fsyncs < 100
+    log.stop()
+
+
+async def test_a_restart_continues_the_chain_and_sets_a_torn_line_aside(keyring, tmp_path) -> None:
+    path = tmp_path / "audit.log"
+    log = opened(keyring, path)
+    await note(log, "one")
+    log.stop()
+    with path.open("ab") as f:
+        f.write(b'{"action":"half')
+    assert verdict(keyring, path) is Code.TORN
+    again = opened(keyring, path)
+    assert (again.torn, again.seq) == (15, 1)
+    await note(again, "two")
+    again.stop()
+    assert verdict(keyring, path) is Code.OK
+    assert (
+        (tmp_path / next(p.name for p in tmp_path.glob("*.torn-*"))).read_bytes().endswith(b"half")
+    )
+
+
+async def test_every_sink_has_the_same_lines_also_one_that_was_behind(keyring, tmp_path) -> None:
+    one, two = tmp_path / "one.log", tmp_path / "two.log"
+    log = opened(keyring, one)
+    await asyncio.gather(*(note(log, "x") for _ in range(5)))
+    log.stop()
+    log = opened(keyring, one, two)
+    await note(log, "y")
+    log.stop()
+    assert one.read_bytes() == two.read_bytes()
+    assert verdict(keyring, two) is Code.OK
+
+
+async def test_without_a_writable_sink_requests_are_refused_and_nothing_is_lost(
+    keyring, tmp_path, monkeypatch
+) -> None:
+    path = tmp_path / "audit.log"
+    log = opened(keyring, path)
+    await note(log, "before")
+    broken = True
+    write = Sink.write
+
+    def failing(self: Sink, data: bytes) -> bool:
+        if broken:
+            self._backlog += data
+            self.failure = "no space left"
+            return False
+        return write(self, data)
+
+    monkeypatch.setattr(Sink, "write", failing)
+    with pytest.raises(AuditUnavailable):
+        await note(log, "during")
+    assert log.unavailable() == "no space left"
+    broken = False
+    async with asyncio.timeout(10):
+        while log.unavailable() is not None:  # noqa: ASYNC110 - there is nothing to await
+            await asyncio.sleep(0.01)
+    await note(log, "after")
+    log.stop()
+    actions = [line.split(b'"')[3] for line in raw_lines(path)]
+    assert actions == [b"before", b"during", b"after"]
+    assert verdict(keyring, path) is Code.OK
+
+
+async def test_segments_rotate_without_a_gap_and_are_read_as_one(keyring, tmp_path) -> None:
+    path = tmp_path / "audit.log"
+    log = opened(keyring, path)
+    log._sinks[0]._segment_bytes = 1000
+    for i in range(30):
+        await note(log, f"a{i}")
+    log.stop()
+    assert len(segments(path)) > 3
+    assert verdict(keyring, path) is Code.OK
+    found = read_entries(path, 10, 5)
+    assert [f.split(b'"seq":')[1].split(b",")[0] for f in found] == [
+        b"11",
+        b"12",
+        b"13",
+        b"14",
+        b"15",
+    ]
+    segments(path)[1].unlink()
+    assert verdict(keyring, path) is Code.DELETE
+
+
+async def test_signed_heads_kept_elsewhere_expose_a_cut(keyring, tmp_path) -> None:
+    path = tmp_path / "audit.log"
+    log = opened(keyring, path)
+    await asyncio.gather(*(note(log, "x") for _ in range(5)))
+    public = keyring.signer.public_key().public_bytes_raw()
+    anchors = Anchors(tmp_path / "elsewhere", "nodeA", public)
+    anchors.keep(log.signed_head())
+    log.stop()
+    _, heads = read_anchors(anchors.path)
+    assert verdict(keyring, path, *heads) is Code.OK
+    lines = list(raw_lines(path))
+    path.write_bytes(b"".join(lines[:3]))
+    assert verdict(keyring, path, *heads) is Code.CUT
+    with pytest.raises(AnchorError):
+        Anchors(tmp_path / "elsewhere", "nodeA", b"x" * 32)
+    raw = anchors.path.read_bytes()
+    anchors.path.write_bytes(raw.replace(b'"seq":5', b'"seq":4'))
+    with pytest.raises(AnchorError):
+        read_anchors(anchors.path)

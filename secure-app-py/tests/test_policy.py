@@ -1,0 +1,131 @@
+"""Rules over key patterns: tables of cases, and the compiled tree against the naive evaluator."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secure_store.core.policy import (
+    VERBS,
+    CompiledRules,
+    Effect,
+    PolicyError,
+    PolicySet,
+    Rule,
+    check_key,
+    check_pattern,
+    check_role_name,
+    check_rules,
+    decide,
+    matches,
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "key", "expected"),
+    [
+        ("a", "a", True), ("a", "ab", False), ("a/*", "ab", False), ("a/*", "a", False),
+        ("a/*", "a/b", True), ("a/*", "a/b/c", True), ("a/*", "a/", True), ("*", "x", True),
+        ("*", "x/y/z", True), ("+", "x", True), ("+", "x/y", False), ("a/+/c", "a/b/c", True),
+        ("a/+/c", "a/b/d", False), ("a/+/c", "a/b/b/c", False), ("a/+", "a/", True),
+        ("a/+/*", "a/b", False), ("a/+/*", "a/b/c/d", True), ("A", "a", False),
+    ],
+)  # fmt: skip
+def test_a_pattern_covers_whole_segments_only(pattern: str, key: str, expected: bool) -> None:
+    assert matches(pattern, key) is expected
+
+
+def test_the_most_specific_rule_decides() -> None:
+    rules = (
+        Rule("*", ("read",)),
+        Rule("a/*", ("read",), Effect.DENY),
+        Rule("a/+/c", ("read",)),
+        Rule("a/b/c", ("read",), Effect.DENY),
+    )
+    assert decide(rules, "read", "x")
+    assert not decide(rules, "read", "a/x")
+    assert decide(rules, "read", "a/x/c")
+    assert not decide(rules, "read", "a/b/c")
+    assert not decide(rules, "write", "x"), "default deny"
+
+
+def test_deny_wins_between_equally_specific_rules_in_either_order() -> None:
+    allow, deny = Rule("a/*", ("read",)), Rule("a/*", ("read",), Effect.DENY)
+    for rules in ((allow, deny), (deny, allow)):
+        assert not decide(rules, "read", "a/b")
+        assert not CompiledRules(rules).allows("read", "a/b")
+
+
+def test_rules_of_several_roles_are_pooled_and_unknown_roles_grant_nothing() -> None:
+    policies = PolicySet()
+    policies.put("auditor", (Rule("*", ("audit",)), Rule("secret/*", ("read",), Effect.DENY)))
+    assert policies.allows(("user",), "read", "secret/x")
+    assert not policies.allows(("user", "auditor"), "read", "secret/x")
+    assert policies.allows(("user", "auditor"), "audit", "audit")
+    assert not policies.allows(("nobody",), "read", "x")
+    policies.put("auditor", ())
+    assert policies.allows(("user", "auditor"), "read", "secret/x"), "a put takes effect at once"
+
+
+@pytest.mark.parametrize(
+    "key", ["", "a/../b", "..", "a\nb", "a\x00", "\x1b[0m", "x" * 257, "\ud800"]
+)
+def test_a_key_that_could_be_read_two_ways_is_refused(key: str) -> None:
+    with pytest.raises(PolicyError):
+        check_key(key)
+
+
+@pytest.mark.parametrize("pattern", ["a/*/b", "a*", "a/b+", "", "a/../*"])
+def test_wildcards_are_whole_segments(pattern: str) -> None:
+    with pytest.raises(PolicyError):
+        check_pattern(pattern)
+
+
+@pytest.mark.parametrize("role", ["", "Root", "root ", "a" * 65, "1a", "a/b", "ä"])
+def test_a_role_has_one_spelling(role: str) -> None:
+    with pytest.raises(PolicyError):
+        check_role_name(role)
+
+
+def test_a_rule_names_a_verb_and_a_role_has_few_rules() -> None:
+    with pytest.raises(PolicyError):
+        check_rules((Rule("a", ()),))
+    with pytest.raises(PolicyError):
+        check_rules((Rule("a", ("read",)),) * 257)
+
+
+segments = st.sampled_from(["a", "b", "c", ""])
+keys = st.lists(segments, min_size=1, max_size=4).map("/".join)
+
+
+@st.composite
+def patterns(draw: st.DrawFn) -> str:
+    parts = draw(st.lists(st.sampled_from(["a", "b", "c", "", "+"]), max_size=3))
+    return "/".join([*parts, draw(st.sampled_from(["a", "b", "+", "*"]))])
+
+
+rules = st.builds(
+    Rule,
+    patterns(),
+    st.lists(st.sampled_from(VERBS), min_size=1, max_size=3).map(tuple),
+    st.sampled_from(Effect),
+)
+
+
+@given(st.lists(rules, max_size=12), keys, st.sampled_from(VERBS))
+def test_the_tree_agrees_with_the_naive_evaluator(some: list[Rule], key: str, verb: str) -> None:
+    assert CompiledRules(some).allows(verb, key) is decide(some, verb, key)
+
+
+@given(st.lists(rules, max_size=8), keys, st.sampled_from(VERBS), st.randoms())
+def test_the_order_of_rules_does_not_matter(some: list[Rule], key: str, verb: str, rng) -> None:
+    shuffled = list(some)
+    rng.shuffle(shuffled)
+    assert decide(some, verb, key) is decide(shuffled, verb, key)
+
+
+@given(st.lists(rules, max_size=8), rules, keys, st.sampled_from(VERBS))
+def test_a_further_denial_never_allows_more(some, denial: Rule, key: str, verb: str) -> None:
+    denied = Rule(denial.pattern, denial.verbs, Effect.DENY)
+    assert not (decide([*some, denied], verb, key) and not decide(some, verb, key))
