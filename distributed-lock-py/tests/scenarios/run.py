@@ -2,8 +2,8 @@
 """Replays scenario files against the Raft core: python tests/scenarios/run.py PATH…
 
 A PATH is a file or a folder of *.json; a file holds one scenario or an array of them. The format
-is described in FORMAT.md beside this file. Prints `ID ok` or `ID FAILED at step N: why` (steps are counted from 1;
-0 is the set-up) and the totals; exits 0 only if every scenario passed.
+is described in FORMAT.md beside this file. Prints `ID ok` or `ID FAILED at step N: why` (steps are
+counted from 1; 0 is the set-up) and the totals; exits 0 only if every scenario passed.
 """
 
 from __future__ import annotations
