@@ -78,6 +78,7 @@ class WatchHub:
     ):  # fmt: skip
         """Serve one watcher until it hangs up, its token ends, or the node stops."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **headers})
+        response.force_close()  # the end of the stream is the end of the connection
         await response.prepare(request)
         self._watchers.append(watcher)
         try:
