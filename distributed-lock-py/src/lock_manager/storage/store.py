@@ -20,6 +20,7 @@ from lock_manager.core.raft import Persist
 from lock_manager.storage import tables
 from lock_manager.storage.data_dir import DataDir, Owner, sync_directory
 from lock_manager.storage.errors import CorruptStore, StoreError, StoreFailed
+from lock_manager.storage.high_water import HighWater
 
 FILE_NAME = "raft.sqlite3"
 # Checkpoint after so many pages of WAL: rarer than SQLite's 1000, as each costs two more fsyncs.
@@ -29,13 +30,22 @@ WAL_PAGES = 4096
 class Store:
     """One node's durable state. Made by `open`; all methods belong to the event loop's thread."""
 
-    def __init__(self, data_dir: DataDir, connection: sqlite3.Connection, store_id: str) -> None:
-        self.store_id = store_id
+    def __init__(
+        self, data_dir: DataDir, connection: sqlite3.Connection, high_water: HighWater
+    ) -> None:
+        self.store_id = tables.load_store_id(connection)
+        if data_dir.identity is None or data_dir.identity.store_id != self.store_id:
+            raise CorruptStore("the file is not the one that identity.json was written for")
         self.restored, self._extent = tables.load(connection)
+        if self._extent.commits < high_water.commits:
+            raise CorruptStore(
+                f"it lost its last {high_water.commits - self._extent.commits} commits"
+            )
         self.peers = {peer.position: peer for peer in tables.load_peers(connection)}
         self.backlog_bytes = 0
         self._data_dir = data_dir
         self._connection = connection
+        self._high_water = high_water
         self._waiting: deque[Persist | PeerIdentity] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -74,17 +84,16 @@ class Store:
             _make(file, owner, data_dir)
         elif not file.exists():
             raise CorruptStore("the file is missing, though this node ran before")
+        high_water = HighWater(data_dir.path)
         connection = _connect(file)
         try:
             damage = connection.execute("PRAGMA quick_check(1)").fetchone()
             if damage != ("ok",):
                 raise CorruptStore(" ".join(str(damage[0]).split()))
-            store_id = tables.load_store_id(connection)
-            if data_dir.identity is None or data_dir.identity.store_id != store_id:
-                raise CorruptStore("the file is not the one that identity.json was written for")
-            return cls(data_dir, connection, store_id)
+            return cls(data_dir, connection, high_water)
         except BaseException:
             connection.close()
+            high_water.close()
             raise
 
     # ------------------------------------------------------------------------------------- writing
@@ -124,6 +133,7 @@ class Store:
             await asyncio.get_running_loop().run_in_executor(None, thread.join)
         else:
             self._connection.close()
+            self._high_water.close()
         self._data_dir.close()
 
     # ------------------------------------------------------------------------- the writer's thread
@@ -142,6 +152,7 @@ class Store:
                 self._waiting.clear()
             if not batch:
                 self._connection.close()
+                self._high_water.close()
                 return
             try:
                 seq = self._commit(batch)
@@ -163,6 +174,7 @@ class Store:
                 seq = item.seq
         self._extent.save(connection)
         connection.execute("COMMIT")
+        self._high_water.reached(self._extent.commits)
         return seq
 
     def _committed(
@@ -209,5 +221,6 @@ def _make(file: Path, owner: Owner, data_dir: DataDir) -> None:
         connection.execute("COMMIT")
     finally:
         connection.close()  # checkpoints, so that the main file is complete by itself
+    HighWater.create(data_dir.path)
     sync_directory(data_dir.path)
     data_dir.claim(owner, store_id)

@@ -35,7 +35,8 @@ CREATE TABLE peers (
     crc INTEGER NOT NULL);
 CREATE TABLE state (
     id INTEGER PRIMARY KEY CHECK (id = 0), term INTEGER NOT NULL, voted_for INTEGER,
-    first_index INTEGER NOT NULL, last_index INTEGER NOT NULL, crc INTEGER NOT NULL);
+    first_index INTEGER NOT NULL, last_index INTEGER NOT NULL, commits INTEGER NOT NULL,
+    crc INTEGER NOT NULL);
 CREATE TABLE entries (
     log_index INTEGER PRIMARY KEY, term INTEGER NOT NULL, kind INTEGER NOT NULL,
     payload BLOB NOT NULL, crc INTEGER NOT NULL);
@@ -63,24 +64,31 @@ def entry_checksum(index: int, term: int, kind: int, payload: bytes) -> int:
 
 
 class Extent:
-    """Where the stored log begins and ends, and the hard state: the row `state`, kept in memory."""
+    """Where the stored log begins and ends, the hard state, and how many commits there were: the
+    row `state`, kept in memory."""
 
-    __slots__ = ("first_index", "hard_state", "last_index")
+    __slots__ = ("commits", "first_index", "hard_state", "last_index")
 
-    def __init__(self, hard_state: HardState, first_index: int, last_index: int) -> None:
+    def __init__(
+        self, hard_state: HardState, first_index: int, last_index: int, commits: int
+    ) -> None:
+        self.commits = commits
         self.hard_state = hard_state
         self.first_index = first_index
         self.last_index = last_index  # first_index - 1: no entries
 
     def save(self, connection: sqlite3.Connection) -> None:
+        """Writes the row, inside the caller's transaction, which is thereby one commit more."""
+        self.commits += 1
         row = (
             self.hard_state.term,
             self.hard_state.voted_for,
             self.first_index,
             self.last_index,
+            self.commits,
         )
         connection.execute(
-            "INSERT OR REPLACE INTO state VALUES (0, ?, ?, ?, ?, ?)", (*row, checksum(*row))
+            "INSERT OR REPLACE INTO state VALUES (0, ?, ?, ?, ?, ?, ?)", (*row, checksum(*row))
         )
 
 
@@ -92,7 +100,7 @@ def create(connection: sqlite3.Connection, store_id: str) -> None:
         "INSERT INTO identity VALUES ('store_id', ?, ?)",
         (store_id, checksum("store_id", store_id)),
     )
-    Extent(HardState(), 1, 0).save(connection)
+    Extent(HardState(), 1, 0, 0).save(connection)
 
 
 def apply(connection: sqlite3.Connection, extent: Extent, write: Persist) -> None:
@@ -160,13 +168,13 @@ def bind_peer(connection: sqlite3.Connection, peer: PeerIdentity) -> None:
 def load(connection: sqlite3.Connection) -> tuple[Restored, Extent]:
     """Everything that Raft stored, each row checked; raises CorruptStore."""
     states = connection.execute(
-        "SELECT term, voted_for, first_index, last_index, crc FROM state"
+        "SELECT term, voted_for, first_index, last_index, commits, crc FROM state"
     ).fetchall()
     if len(states) != 1:
         raise CorruptStore("the row of term and vote is missing")
     _check(states[0], "the row of term and vote")
-    term, voted_for, first_index, last_index, _ = states[0]
-    extent = Extent(HardState(term, voted_for), first_index, last_index)
+    term, voted_for, first_index, last_index, commits, _ = states[0]
+    extent = Extent(HardState(term, voted_for), first_index, last_index, commits)
     snapshot = _load_snapshot(connection)
     entries = _load_entries(connection, extent)
     if first_index > snapshot.index + 1:
