@@ -275,6 +275,27 @@ def test_a_renewal_prolongs_nothing_before_what_was_lost_is_applied() -> None:
     assert net.answers[reader] == Found(b"2", 2, "E", False)
 
 
+def test_a_renewal_does_not_prolong_the_copy_that_a_fetch_in_it_would_have_left() -> None:
+    net = LittleNet("a", "b", "c")
+    key = net.key_of("a")
+    net.ask("b", key, Write(b"1"))
+    net.flow()
+    net.pass_time(650)
+    net.lose_all()
+    reader = net.ask("c", key)
+    net.deliver("c", "a", GetS)
+    net.wires["a", "b"].clear()  # the fetch is lost
+    net.pass_time(50)
+    net.deliver("b", "a", Renew)  # its answer names the fetch, and takes its time
+    (late,) = (m for m in net.wires["a", "b"] if isinstance(m, RenewAck))
+    net.pass_time(350)
+    net.wires["a", "b"].clear()
+    net.flow()
+    assert net.answers[reader] == Found(b"1", 1, "E", False)  # b's lease was waited out
+    net.receive("a", "b", late)
+    assert net.state("b", key) == "I"
+
+
 def test_a_node_that_cannot_renew_answers_503_and_never_an_old_value() -> None:
     net = LittleNet("a", "b", "c")
     key = net.key_of("a")
@@ -323,8 +344,10 @@ def test_a_restarted_home_knows_what_it_has_done_and_a_restarted_cache_holds_not
     net.start("c", 2)
     net.receive("c", "a", Renew(1))  # a hears of c's new life
     writer = net.ask("b", key, Incr(1))
+    net.deliver("b", "a", GetM)
+    assert not any(isinstance(m, Inv | Fetch) for m in net.wires["a", "c"])
     net.flow()
-    assert net.answers[writer] == Changed(Outcome("done", 2, b"6"))  # nobody was waited for
+    assert net.answers[writer] == Changed(Outcome("done", 2, b"6"))
 
 
 def test_a_deleted_key_holds_no_line_and_its_versions_do_not_come_again() -> None:
