@@ -24,6 +24,7 @@ from lock_manager.core.locks.replies import (
     Reply,
     RequestReused,
     TimedOut,
+    TooManyRequests,
 )
 
 
@@ -69,6 +70,8 @@ def respond(reply: Reply) -> web.Response:
             raise ApiError(422, "Request id reused with another body", request_id=request_id)
         case Malformed(what):
             raise ApiError(400, "Invalid field", detail=what)
+        case TooManyRequests():
+            raise ApiError(503, "Too many request ids to remember", headers={"Retry-After": "10"})
         case Done():
             return json_response({"status": "done"})
         case _:

@@ -112,5 +112,7 @@ class Operators:
             raise self.elsewhere()
 
     def elsewhere(self) -> NotLeader:
-        """Where the present leader is."""
+        """Where the present leader is. A node that leads and yet refuses is about to stop."""
+        if self._core.role is Role.LEADER:
+            return NotLeader(None, None)
         return NotLeader(*self._directory.leader(self._core.configuration, self._core.leader_id))

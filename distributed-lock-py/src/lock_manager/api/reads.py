@@ -47,6 +47,7 @@ class Reads:
                 future.set_exception(error)
 
     def refuse_all(self, error: Exception) -> None:
+        self._asked[0], self._new = self._new, []
         for read_id in list(self._asked):
             self.refuse(read_id, error)
         self._confirmed.clear()

@@ -19,6 +19,7 @@ from lock_manager.core.locks.replies import (
     Renewed,
     RequestReused,
     TimedOut,
+    TooManyRequests,
 )
 
 from .driver import Driver
@@ -201,6 +202,17 @@ def test_answers_are_forgotten_after_ten_minutes(locks: Driver) -> None:
     locks.pass_ms(1)
     assert isinstance(locks.acquire("ann", "a", request="r1"), Acquired)
     assert len(locks.machine.requests) == 1
+
+
+def test_beyond_the_bound_new_request_ids_are_refused_and_old_ones_still_known(
+    locks: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lock_manager.core.locks.requests.MOST", 1)
+    first = locks.acquire("ann", "a", request="r1")
+    assert locks.acquire("ann", "b", request="r2") == TooManyRequests()
+    assert locks.release("ann", "a", request="r3") == TooManyRequests()
+    assert locks.acquire("ann", "a", request="r1") == first
+    assert isinstance(locks.acquire("ann", "b"), Acquired)
 
 
 # ---- 6 fairness

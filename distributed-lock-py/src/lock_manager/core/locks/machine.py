@@ -50,6 +50,7 @@ from lock_manager.core.locks.replies import (
     RequestReused,
     Resolution,
     TimedOut,
+    TooManyRequests,
 )
 from lock_manager.core.locks.requests import RETAIN_MS, Remembered, Requests, request_key
 from lock_manager.core.locks.state import Hold, Ticket, Waiter, weight_of
@@ -180,6 +181,8 @@ class LockMachine:
             known = self.requests.get(key)
             if known is not None:
                 return self._again(command, known)
+            if self.requests.full:
+                return TooManyRequests()
         problem = _malformed(command.asks)
         if problem:
             return Malformed(problem)
@@ -356,6 +359,8 @@ class LockMachine:
                 if known.fingerprint != command.fingerprint or known.reply is None:
                     return RequestReused(command.request_id)
                 return known.reply
+            if self.requests.full:
+                return TooManyRequests()
         hold = self.table.hold_of(command.lock_name, command.client_id)
         reply: Reply
         if hold is None or command.fencing_token not in (0, hold.token):

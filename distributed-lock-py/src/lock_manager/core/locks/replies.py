@@ -107,6 +107,10 @@ class Malformed(msgspec.Struct, frozen=True, array_like=True, tag=13, gc=False):
     what: str
 
 
+class TooManyRequests(msgspec.Struct, frozen=True, array_like=True, tag=15, gc=False):
+    """No more request ids can be remembered; the request changed nothing."""
+
+
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=14, gc=False):
     """Answer to a command that only the leader itself sends."""
 
@@ -125,6 +129,7 @@ Reply = (
     | ReleasedMany
     | Renewed
     | Malformed
+    | TooManyRequests
     | Done
 )
 

@@ -13,6 +13,9 @@ import msgspec
 from lock_manager.core.locks.replies import Reply
 
 RETAIN_MS = 600_000
+# About 200 bytes each. Beyond that new ids are refused: forgetting an old one early would let a
+# retry take effect twice.
+MOST = 4_000_000
 
 
 class Remembered(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -35,6 +38,10 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self._by_key)
+
+    @property
+    def full(self) -> bool:
+        return len(self._by_key) >= MOST
 
     def get(self, key: str) -> Remembered | None:
         return self._by_key.get(key)
