@@ -1,0 +1,163 @@
+"""Everything at once on real nodes: kills, stops, pauses, cuts in any direction, power cuts, while
+clients produce, consume and ack; judged by total-queue.
+
+Ten seconds by default; ``SOAK=5`` goes on for five minutes, ``CHAOS_SEED`` draws others. Faults
+are drawn from the seed, their interleaving with the clients is the machine's: a failure is kept as
+``chaos.jsonl`` in pytest's folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from testkit.checkers import total_queue
+from testkit.cluster import Cluster, Reply
+from testkit.history import History
+
+from .nodes import Recorder, leftovers, queue_cluster, until
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(60 + 90 * float(os.environ.get("SOAK", "0"))),
+]
+
+QUEUES = ("alpha", "beta")
+VISIBILITY_MS = 1_000
+
+
+class Chaos:
+    """Breaks one thing after the other, and mends it."""
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self.cluster = cluster
+        self.rng = random.Random(seed)
+        self.met: dict[str, int] = {}
+
+    async def strike(self) -> None:
+        rng, cluster = self.rng, self.cluster
+        kind = rng.choice(("kill", "kill", "stop", "pause", "cut", "blackhole", "isolate", "power"))
+        self.met[kind] = self.met.get(kind, 0) + 1
+        victim, other = rng.sample(range(3), 2)
+        for_s = rng.uniform(0.2, 1.8)
+        match kind:
+            case "kill":
+                cluster.kill(victim)
+                await asyncio.sleep(for_s / 2)
+                cluster.start(victim)
+            case "stop":
+                await cluster.ready(victim)  # before its handlers stand, SIGTERM just ends it
+                assert await cluster.nodes[victim].terminate() == 0
+                cluster.start(victim)
+            case "pause":
+                cluster.pause(victim)
+                await asyncio.sleep(for_s)
+                cluster.resume(victim)
+            case "cut":
+                cluster.cut(victim, other, one_way=rng.random() < 0.5)
+                await asyncio.sleep(for_s)
+                cluster.heal()
+            case "blackhole":
+                cluster.blackhole(victim, other, one_way=rng.random() < 0.5)
+                await asyncio.sleep(for_s)
+                cluster.heal()
+            case "isolate":
+                cluster.partition({victim}, {0, 1, 2} - {victim}, silent=rng.random() < 0.5)
+                await asyncio.sleep(for_s)
+                cluster.heal()
+            case "power":
+                cluster.power_cut()
+                for index in range(3):
+                    cluster.start(index)
+        await asyncio.sleep(rng.uniform(0.1, 1.0))
+
+    async def mend(self) -> None:
+        self.cluster.heal()
+        await self.cluster.start_all()
+
+
+async def test_chaos_loses_nothing_and_brings_nothing_back(tmp_path: Path) -> None:
+    soak_minutes = float(os.environ.get("SOAK", "0"))
+    seed = int(os.environ.get("CHAOS_SEED", "1"))
+    history = History()
+    stop = asyncio.Event()
+    async with queue_cluster(tmp_path, proxied=True) as cluster:
+        for queue in QUEUES:
+            await configure(cluster, queue)
+        work = [asyncio.create_task(producer(cluster, history, n, stop)) for n in range(3)]
+        work += [asyncio.create_task(consumer(cluster, history, n, stop)) for n in range(3)]
+        chaos = Chaos(cluster, seed)
+        until_s = time.monotonic() + (60 * soak_minutes or 10)
+        try:
+            while time.monotonic() < until_s:
+                await chaos.strike()
+            await chaos.mend()
+        finally:
+            stop.set()
+            await asyncio.gather(*work)
+        verdict = total_queue.check(history, leftovers=await drained(cluster), one_id=True)
+        if not verdict.valid:
+            history.save(tmp_path / "chaos.jsonl")
+        done = sum(o.status == "ok" for o in history)
+        doubt = sum(o.status == "unknown" for o in history)
+        print(f"seed {seed}: {done} ok, {doubt} in doubt, faults {chaos.met}, {verdict}")
+        verdict.require()
+        assert done > 50
+
+
+async def configure(cluster: Cluster, queue: str) -> None:
+    """Short leases, and no dead letters: they have other ids."""
+    settings = msgspec.json.encode({"visibility_ms": VISIBILITY_MS, "max_deliveries": None})
+
+    async def done() -> bool:
+        async with cluster.client(0) as client:
+            reply = await client.request("PUT", f"/queues/{queue}", body=settings)
+        return isinstance(reply, Reply) and reply.status == 200
+
+    await until(f"{queue} is configured", done)
+
+
+async def producer(cluster: Cluster, history: History, number: int, stop: asyncio.Event) -> None:
+    recorder = Recorder(cluster, history, f"p{number}", number)
+    rng = random.Random(number)
+    count = 0
+    while not stop.is_set():
+        recorder.target = rng.randrange(3)
+        await recorder.produce(rng.choice(QUEUES), f"{number}/{count}")
+        count += 1
+        await asyncio.sleep(rng.uniform(0, 0.04))
+    recorder.close()
+
+
+async def consumer(cluster: Cluster, history: History, number: int, stop: asyncio.Event) -> None:
+    recorder = Recorder(cluster, history, f"c{number}", number)
+    rng = random.Random(100 + number)
+    while not stop.is_set():
+        recorder.target = rng.randrange(3)
+        queue = rng.choice(QUEUES)
+        for message in await recorder.consume(queue, 5, wait_ms=rng.choice((0, 200))):
+            if rng.random() < 0.9:
+                await recorder.ack(queue, message)
+        await asyncio.sleep(rng.uniform(0, 0.04))
+    recorder.close()
+
+
+async def drained(cluster: Cluster) -> set[str]:
+    """Ids of all that is still stored, once no lease runs any more."""
+    found: set[str] = set()
+    for queue in QUEUES:
+
+        async def at_rest(queue: str = queue) -> bool:
+            async with cluster.client(0) as client:
+                shown = await client.get(f"/queues/{queue}")
+            return isinstance(shown, Reply) and shown.status == 200 and not shown.json["in_flight"]
+
+        await until(f"{queue} is at rest", at_rest)
+        found |= await leftovers(cluster, queue)
+    return found
