@@ -285,7 +285,9 @@ def test_a_renewal_does_not_prolong_the_copy_that_a_fetch_in_it_would_have_left(
     reader = net.ask("c", key)
     net.deliver("c", "a", GetS)
     net.wires["a", "b"].clear()  # the fetch is lost
-    net.pass_time(50)
+    while not net.wires.get(("b", "a")):
+        net.pass_time(50)
+    net.wires["a", "b"].clear()
     net.deliver("b", "a", Renew)  # its answer names the fetch, and takes its time
     (late,) = (m for m in net.wires["a", "b"] if isinstance(m, RenewAck))
     net.pass_time(350)
