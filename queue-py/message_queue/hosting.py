@@ -338,15 +338,20 @@ class Host:
     # ── bodies ──────────────────────────────────────────────────────────────────────────────────
 
     async def bodies(self, entries: Sequence[Entry]) -> list[bytes] | None:
-        """The bodies, read back where they are only on disk. None: one is unreadable here."""
+        """The bodies, read back where they are only on disk. None: one is unreadable here, now
+        or for good (then the replication was told)."""
         absent = [unpack_dot(entry.dot) for entry in entries if entry.body is None]
         if not absent:
             return [entry.body for entry in entries if entry.body is not None]
-        found, damaged = await self.store.read(self.partition, absent)
-        if len(found) + len(damaged) < len(absent):
-            # Committed by the others before this node's own disk had it.
-            await self.store.flushed()
+        try:
             found, damaged = await self.store.read(self.partition, absent)
+            if len(found) + len(damaged) < len(absent):
+                # Committed by the others before this node's own disk had it.
+                await self.store.flushed()
+                found, damaged = await self.store.read(self.partition, absent)
+        except OSError as e:
+            log.error("cannot read the log: %s", e)
+            return None
         if damaged:
             self.around.report_damage(self.partition, tuple((e, s, s) for e, s in damaged))
         by_dot = {(epoch, seq): body for epoch, seq, _, body in found}

@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, assert_never
 
 from message_queue.api.events import EventHub
@@ -38,12 +38,13 @@ from message_queue.core.replication.config import ReplicationConfig
 from message_queue.core.replication.drafts import Accepted, NotOwner
 from message_queue.core.replication.effects import Effects, Gained, Lost, Note, Read
 from message_queue.core.replication.replicator import Replicator
-from message_queue.hosting import Delivered, Host
+from message_queue.hosting import Host
 from message_queue.metrics import Metrics
 from message_queue.routing import Router
 from message_queue.storage.data_dir import DataDir
 from message_queue.storage.log import Fsync, Trouble
 from message_queue.storage.store import Store
+from message_queue.transport.forwards import Serving
 from message_queue.transport.links import Hello, Links
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,7 @@ TICK_S = 0.01
 CORE_TICK_MS = 50
 BATCHES_IN_FLIGHT = 1
 BATCH_BYTES = 4 << 20
-_SERVED_FOR_S = 5.0
-"""How long the leases of a forwarded answer can still be given back by the asker."""
+RESTORE_AT_ONCE = 500
 
 
 class Node:
@@ -84,9 +84,7 @@ class Node:
         self._timed: set[Host] = set()
         """Hosts in which something waits for a moment: an idle node looks at none."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._serving: dict[tuple[int, int], asyncio.Task[None]] = {}
-        self._served: dict[tuple[int, int], Delivered] = {}
-        self._served_until: deque[tuple[float, tuple[int, int]]] = deque()
+        self._serving = Serving(self.send, self.router.here)
         self._leases_due: dict[int, int] = {}
         self._ticker: asyncio.Task[None] | None = None
 
@@ -151,8 +149,9 @@ class Node:
                     await self.changed.wait()
         if self._ticker is not None:
             self._ticker.cancel()
-        for task in (*self._tasks, *self._serving.values()):
+        for task in self._tasks:
             task.cancel()
+        self._serving.stop()
         for host in list(self.hosts.values()):
             host.end(clean=False)
         await self.store.close()
@@ -195,18 +194,6 @@ class Node:
         """Build the delivery machine. What the node's own disk does not have yet is on its way."""
         partition, epoch = gained.partition, gained.epoch
         state = self.replicator.state(partition)
-        dots = [pack_dot(*dot) for dot in state.held.dots()]
-        places = {dot: self.store.place(partition, *unpack_dot(dot)) for dot in dots}
-        if None in places.values():
-            await self.store.flushed()
-            places = {dot: self.store.place(partition, *unpack_dot(dot)) for dot in dots}
-        if state.sealed != epoch or not self.owns(partition):
-            return
-        missing = [unpack_dot(dot) for dot, place in places.items() if place is None]
-        if missing:
-            log.error("partition %d: %d bodies are not on this disk", partition, len(missing))
-            self.report_damage(partition, tuple((e, s, s) for e, s in missing))
-            return
         context = state.records.context
         owner = PartitionOwner(partition, epoch, lambda dot: context.has(*unpack_dot(dot)))
         settings = {
@@ -214,8 +201,33 @@ class Node:
             for key, setting in state.records.settings.items()
             if key.startswith(SETTINGS_KEY)
         }
-        held = [(dot, p.meta, p.body_bytes) for dot, p in places.items() if p is not None]
-        for sentence in owner.restore(held, settings, gained.soft, self.cluster_ms()):
+        unreadable = owner.restore_settings(settings, self.cluster_ms())
+        # In parts: a long pause of this loop would cost the very lease that was just won.
+        missing: list[tuple[int, int]] = []
+        dots = state.held.dots()
+        flushed = False
+        while part := list(islice(dots, RESTORE_AT_ONCE)):
+            await asyncio.sleep(0)
+            places = [self.store.place(partition, *dot) for dot in part]
+            if None in places and not flushed:
+                await self.store.flushed()
+                flushed = True
+                places = [self.store.place(partition, *dot) for dot in part]
+            if state.sealed != epoch or not self.owns(partition):
+                return
+            missing += [dot for dot, p in zip(part, places, strict=True) if p is None]
+            held = [
+                (pack_dot(*dot), p.meta, p.body_bytes)
+                for dot, p in zip(part, places, strict=True)
+                if p is not None
+            ]
+            unreadable += owner.restore_messages(held, self.cluster_ms())
+        if missing:
+            log.error("partition %d: %d bodies are not on this disk", partition, len(missing))
+            self.report_damage(partition, tuple((e, s, s) for e, s in missing))
+            return
+        owner.restore_leases(gained.soft, self.cluster_ms())
+        for sentence in unreadable:
             log.error("partition %d: unreadable %s", partition, sentence)
         host = Host(owner, self.store, self, self.metrics)
         self.hosts[partition] = host
@@ -235,7 +247,11 @@ class Node:
         for first, last, epoch in ((f, t, e) for e, f, t in read.wanted):
             for start in range(first, last + 1, 64):
                 dots = [(epoch, seq) for seq in range(start, min(start + 64, last + 1))]
-                bodies, damaged = await self.store.read(read.partition, dots)
+                try:
+                    bodies, damaged = await self.store.read(read.partition, dots)
+                except OSError as e:
+                    log.error("cannot read the log: %s", e)
+                    return  # the peer asks again
                 found += [Copy(*body) for body in bodies]
                 unreadable += [(e, s, s) for e, s in damaged]
                 size += sum(len(meta) + len(body) for _, _, meta, body in bodies)
@@ -338,11 +354,11 @@ class Node:
         for message in batch:
             match message:
                 case Forward():
-                    self._serve(position, message)
+                    self._serving.serve(position, message)
                 case Forwarded(number, answer):
                     self.router.forwards.answered(position, number, answer)
                 case ForwardEnded(number):
-                    self._unserve((position, number))
+                    self._serving.ended(position, number)
                 case _:
                     for_core.append(message)
         if for_core:
@@ -364,37 +380,9 @@ class Node:
         self.events.publish("peer_down", position=position)
         log.info("link to %s is down", self.ids.get(position, position))
         self.router.forwards.peer_lost(position)
-        for key in [key for key in self._serving if key[0] == position]:
-            self._unserve(key)
+        self._serving.peer_lost(position)
         self.apply(self.replicator.peer_disconnected(position, _now_ms()))
         self._wake()
-
-    def _serve(self, position: int, forward: Forward) -> None:
-        key = (position, forward.number)
-        task = asyncio.create_task(self._serve_forward(key, forward))
-        self._serving[key] = task
-        task.add_done_callback(lambda _: self._serving.pop(key, None))
-
-    async def _serve_forward(self, key: tuple[int, int], forward: Forward) -> None:
-        delivered = await self.router.here(forward.operation)
-        if delivered is None:
-            self.send(key[0], Forwarded(key[1], None))
-            return
-        if delivered.leased:
-            self._served[key] = delivered
-            until_s = asyncio.get_running_loop().time() + _SERVED_FOR_S
-            self._served_until.append((until_s, key))
-        if not self.send(key[0], Forwarded(key[1], delivered.answer)):
-            self._unserve(key)
-
-    def _unserve(self, key: tuple[int, int]) -> None:
-        """The asker is gone: stop, and take back what was leased for it."""
-        task = self._serving.get(key)
-        if task is not None:
-            task.cancel()
-        delivered = self._served.pop(key, None)
-        if delivered is not None:
-            delivered.undo()
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────
 
@@ -413,8 +401,7 @@ class Node:
             for host in list(self._timed):
                 if host.ended or not host.tick(loop_s, cluster_ms):
                     self._timed.discard(host)
-            while self._served_until and self._served_until[0][0] <= loop_s:
-                self._served.pop(self._served_until.popleft()[1], None)
+            self._serving.tick(loop_s)
             await asyncio.sleep(TICK_S)
 
     def _pass_leases_on(self, now_ms: int) -> None:

@@ -66,10 +66,6 @@ class Trouble(StrEnum):
     FAILING = "Disk failing"
 
 
-class DamagedRecord(Exception):
-    """A record that was stored is no longer readable (its CRC fails)."""
-
-
 @dataclass(frozen=True, slots=True)
 class Durable(Generic[T]):
     """A record that reached the disk: what the caller gave, and where it lies."""
@@ -170,22 +166,23 @@ class SegmentLog(Generic[T]):
         self.queued_bytes += len(framed)
         self._wake.set()
 
-    async def read(self, locators: list[int]) -> list[bytes]:
-        """Payloads read back from disk, in the order asked. Raises DamagedRecord or OSError."""
+    async def read(self, locators: list[int]) -> dict[int, bytes]:
+        """Payloads read back from disk, by locator. One that is not in the answer is damaged, or
+        its segment is gone. Raises OSError when the disk cannot be read."""
         by_segment: dict[int, list[int]] = {}
-        for index, locator in enumerate(locators):
-            by_segment.setdefault(segment_of(locator), []).append(index)
+        for locator in locators:
+            by_segment.setdefault(segment_of(locator), []).append(locator)
         read_at = wrap(files.read_at)
-        found: list[bytes] = [b""] * len(locators)
-        for segment, indices in by_segment.items():
-            spans = [span_of(locators[index]) for index in indices]
+        found: dict[int, bytes] = {}
+        for segment, its in by_segment.items():
             path = segment_path(self.directory, segment)
-            parts = await read_at(path, spans, executor=self._read_thread)
-            for index, part in zip(indices, parts, strict=True):
-                good = frame_at(part, 0)
-                if good is None or good.end != span_of(locators[index])[1]:
-                    raise DamagedRecord(f"{path.name} at byte {span_of(locators[index])[0]}")
-                found[index] = good.payload
+            spans = [span_of(locator) for locator in its]
+            with suppress(FileNotFoundError):
+                parts = await read_at(path, spans, executor=self._read_thread)
+                for locator, part in zip(its, parts, strict=True):
+                    good = frame_at(part, 0)
+                    if good is not None and good.end == span_of(locator)[1]:
+                        found[locator] = good.payload
         return found
 
     async def read_segment(self, segment: int) -> bytes:

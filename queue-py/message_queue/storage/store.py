@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,13 +33,13 @@ from message_queue.storage import files
 from message_queue.storage.framing import Frame, scan
 from message_queue.storage.index import Place
 from message_queue.storage.log import (
-    DamagedRecord,
     Durable,
     Fsync,
     SegmentLog,
     Trouble,
     segment_of,
     segment_path,
+    span_of,
 )
 from message_queue.storage.records import Moved, UnreadableRecord, decode, encode
 from message_queue.storage.recovery import Recovered, puts_in, recover
@@ -50,9 +51,36 @@ _REWRITE_BELOW = 0.5
 """A segment is rewritten when less than this share of its puts is still needed."""
 _MOVE_BYTES = 512 * 1024
 _MANY_SEGMENTS = 32
+_CACHED_BYTES = 8 << 20
 
 Body = tuple[int, int, bytes, bytes]
 """(epoch, seq, meta, body)"""
+
+
+_Puts = dict[tuple[int, int], tuple[bytes, bytes]]
+"""(partition, dot) -> (meta, body) of a frame."""
+
+
+class _FrameCache:
+    """Frames read lately: a frame may hold a thousand messages that are asked for one by one."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._frames: OrderedDict[int, _Puts] = OrderedDict()
+
+    def get(self, locator: int) -> _Puts | None:
+        """A frame, if it is here."""
+        return self._frames.get(locator)
+
+    def add(self, locator: int, puts: _Puts) -> None:
+        """The oldest ones make room (never the newest)."""
+        if locator not in self._frames:
+            self._frames[locator] = puts
+            self._bytes += span_of(locator)[1]
+        while self._bytes > self._most_bytes and len(self._frames) > 1:
+            oldest, _ = self._frames.popitem(last=False)
+            self._bytes -= span_of(oldest)[1]
 
 
 class _Ticket(NamedTuple):
@@ -95,6 +123,7 @@ class Store:
             on_halt=on_halt,
             on_trouble=on_trouble,
         )
+        self._frames = _FrameCache(_CACHED_BYTES)
         self._compactor: asyncio.Task[None] | None = None
         self.compactions = 0
 
@@ -188,43 +217,50 @@ class Store:
         self, partition: int, dots: Sequence[tuple[int, int]]
     ) -> tuple[list[Body], list[tuple[int, int]]]:
         """Bodies of the dots, and the dots whose record is damaged. Dots that this node does not
-        have are in neither."""
+        have are in neither. Raises OSError when the disk cannot be read just now."""
         wanted: dict[int, list[tuple[int, int]]] = {}
         for epoch, seq in dots:
             place = self._index.get(partition, pack_dot(epoch, seq))
             if place is not None:
                 wanted.setdefault(place.locator, []).append((epoch, seq))
+        frames = {locator: self._frames.get(locator) for locator in wanted}
+        frames |= await self._fetch([locator for locator, puts in frames.items() if puts is None])
         found: list[Body] = []
         damaged: list[tuple[int, int]] = []
-        for locator, its_dots in sorted(wanted.items()):
-            try:
-                [payload] = await self._log.read([locator])
-                bodies = {dot: (m, b) for _, dot, m, b in puts_in(decode(payload))}
-            except FileNotFoundError:
-                # Compaction moved it between the look-up and the read.
-                moved, bad = await self._read_again(partition, its_dots, locator)
-                found += moved
-                damaged += bad
+        moved: list[tuple[int, int]] = []
+        for locator, its_dots in wanted.items():
+            bodies = frames[locator]
+            if bodies is not None:
+                for epoch, seq in its_dots:
+                    meta, body = bodies[partition, pack_dot(epoch, seq)]
+                    found.append((epoch, seq, meta, body))
                 continue
-            except (DamagedRecord, UnreadableRecord, OSError) as failure:
-                log.error("a stored record is unreadable: %s", failure)
-                damaged += its_dots
-                continue
-            for epoch, seq in its_dots:
-                meta, body = bodies[pack_dot(epoch, seq)]
-                found.append((epoch, seq, meta, body))
+            for dot in its_dots:
+                place = self._index.get(partition, pack_dot(*dot))
+                if place is not None:
+                    # Compaction may have moved it between the look-up and the read.
+                    (damaged if place.locator == locator else moved).append(dot)
+        if moved:
+            more, worse = await self.read(partition, moved)
+            return found + more, damaged + worse
         return found, damaged
 
-    async def _read_again(
-        self, partition: int, dots: list[tuple[int, int]], gone: int
-    ) -> tuple[list[Body], list[tuple[int, int]]]:
-        places = {d: self._index.get(partition, pack_dot(*d)) for d in dots}
-        lost = [d for d, place in places.items() if place is not None and place.locator == gone]
-        moved = [d for d, place in places.items() if place is not None and place.locator != gone]
-        if not moved:
-            return [], lost
-        found, damaged = await self.read(partition, moved)
-        return found, damaged + lost
+    async def _fetch(self, locators: list[int]) -> dict[int, _Puts | None]:
+        """Frames from disk (and into the cache); None: unreadable, or its segment is gone."""
+        if not locators:
+            return {}
+        payloads = await self._log.read(locators)
+        frames: dict[int, _Puts | None] = {}
+        for locator in locators:
+            frames[locator] = None
+            payload = payloads.get(locator)
+            if payload is None:
+                continue
+            with suppress(UnreadableRecord):
+                puts = {(p, dot): (m, b) for p, dot, m, b in puts_in(decode(payload))}
+                frames[locator] = puts
+                self._frames.add(locator, puts)
+        return frames
 
     async def flushed(self) -> None:
         """Return when everything handed over so far is durable (and indexed)."""

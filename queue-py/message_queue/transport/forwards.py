@@ -8,12 +8,28 @@ outcome; one that never left has none.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
-from message_queue.core.operations import Answer, Forward, ForwardEnded, NodeMessage, Operation
+from message_queue.core.operations import (
+    Answer,
+    Forward,
+    Forwarded,
+    ForwardEnded,
+    NodeMessage,
+    Operation,
+)
+
+log = logging.getLogger(__name__)
 
 MAX_WAITING = 20_000
 """Operations under way to other nodes; beyond it new ones are refused."""
+
+
+UNDO_WITHIN_S = 5.0
+"""How long the leases of an answer can still be given back by the asker."""
 
 
 class NotSent(Exception):
@@ -90,3 +106,80 @@ class Asked:
     def undo(self) -> None:
         """The client never saw it."""
         self._forwards.withdraw(self._position, self._number)
+
+
+class Leased(Protocol):
+    """What is done for an asker: an answer that may have leased messages."""
+
+    @property
+    def answer(self) -> Answer:
+        """To be sent."""
+
+    @property
+    def leased(self) -> bool:
+        """Whether there is something to undo."""
+
+    def undo(self) -> None:
+        """The answer reached nobody."""
+
+
+class Serving:
+    """The asked side. `do` gives None when this node is not the owner (and did nothing)."""
+
+    def __init__(
+        self,
+        send: Callable[[int, NodeMessage], bool],
+        do: Callable[[Operation], Awaitable[Leased | None]],
+    ) -> None:
+        self._send = send
+        self._do = do
+        self._tasks: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._leased: dict[tuple[int, int], Leased] = {}
+        self._until: deque[tuple[float, tuple[int, int]]] = deque()
+
+    def serve(self, position: int, forward: Forward) -> None:
+        """Do what a peer asks, and answer it."""
+        key = (position, forward.number)
+        task = asyncio.create_task(self._serve(key, forward))
+        self._tasks[key] = task
+        task.add_done_callback(lambda task: self._done(key, task))
+
+    def _done(self, key: tuple[int, int], task: asyncio.Task[None]) -> None:
+        self._tasks.pop(key, None)
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log.error("a forwarded operation failed", exc_info=failure)
+
+    async def _serve(self, key: tuple[int, int], forward: Forward) -> None:
+        done = await self._do(forward.operation)
+        if done is None:
+            self._send(key[0], Forwarded(key[1], None))
+            return
+        if done.leased:
+            self._leased[key] = done
+            self._until.append((asyncio.get_running_loop().time() + UNDO_WITHIN_S, key))
+        if not self._send(key[0], Forwarded(key[1], done.answer)):
+            self.ended(*key)
+
+    def ended(self, position: int, number: int) -> None:
+        """The asker's client is gone: stop, and take back what was leased for it."""
+        task = self._tasks.get((position, number))
+        if task is not None:
+            task.cancel()
+        done = self._leased.pop((position, number), None)
+        if done is not None:
+            done.undo()
+
+    def peer_lost(self, position: int) -> None:
+        """Nobody there waits any more."""
+        for key in [key for key in self._tasks if key[0] == position]:
+            self.ended(*key)
+
+    def tick(self, loop_s: float) -> None:
+        """Forget leases that can no longer be given back."""
+        while self._until and self._until[0][0] <= loop_s:
+            self._leased.pop(self._until.popleft()[1], None)
+
+    def stop(self) -> None:
+        """End everything under way."""
+        for task in list(self._tasks.values()):
+            task.cancel()

@@ -17,7 +17,7 @@ class Mark(Struct, eq=False, gc=False):
 
 class DedupeWindow:
     """Invariant: `_order` names every mark in `_marks`, sorted by `until_ms` (the window has one
-    length, and marks restored at takeover are added in that order)."""
+    length; after a takeover, `sort` sees to it)."""
 
     def __init__(self) -> None:
         self._marks: dict[tuple[str, str], Mark] = {}
@@ -33,6 +33,10 @@ class DedupeWindow:
         key = (queue, dedupe_id)
         self._marks[key] = mark
         self._order.append((mark.until_ms, key))
+
+    def sort(self) -> None:
+        """Marks were added out of order."""
+        self._order = deque(sorted(self._order))
 
     def due(self, now_ms: int) -> bool:
         """Whether `expire` has something to do. O(1)."""

@@ -17,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
-from msgspec import Struct
 
 from message_queue.core.delivery import stored
 from message_queue.core.delivery.dedupe import DedupeWindow, Mark
@@ -31,9 +30,15 @@ from message_queue.core.delivery.model import (
     parse_receipt,
 )
 from message_queue.core.delivery.partition import PartitionDelivery
+from message_queue.core.delivery.pending import (
+    Configuring,
+    Pending,
+    Settling,
+    Storing,
+    spans_of,
+)
 from message_queue.core.delivery.stored import DEDUPE_WINDOW_MS, DedupeMark, MessageMeta
-from message_queue.core.ids import message_id, pack_dot, unpack_dot
-from message_queue.core.messages import Span, Spans
+from message_queue.core.ids import message_id, pack_dot
 from message_queue.core.operations import (
     Answer,
     Configure,
@@ -52,40 +57,6 @@ _json = msgspec.json.Encoder()
 _msgpack = msgspec.msgpack.Encoder()
 _settings_decoder = msgspec.json.Decoder(Settings)
 Finished = tuple[int, Answer | None]
-
-
-class _Pending(Struct, eq=False):
-    """What waits for its drafts to be stored. `token` 0: nobody asked."""
-
-    token: int
-    drafts: int
-    last: int = 0
-    """The seq at which it is done."""
-
-
-class _Storing(_Pending):
-    queue: str = ""
-    batch: bool = False
-    pieces: tuple[int | Mark, ...] = ()
-    """For each message of the request: the offset of its draft, or the mark it repeats."""
-    new: tuple[tuple[int, MessageMeta, bytes], ...] = ()
-    marks: tuple[tuple[int, Mark], ...] = ()
-    """(offset of the mark's draft, mark); the message's draft stands right before it."""
-
-
-class _Settling(_Pending):
-    dots: tuple[int, ...] = ()
-    answer: Answer | None = None
-
-
-class _Configuring(_Pending):
-    queue: str = ""
-    settings: Settings | None = None
-    """None: the queue is deleted."""
-    answer: Answer | None = None
-
-
-Pending = _Storing | _Settling | _Configuring
 
 
 class PartitionOwner:
@@ -124,6 +95,13 @@ class PartitionOwner:
     ) -> list[str]:
         """Rebuild from what is stored: (dot, meta, body_bytes) in the order of dots, settings by
         key, and the last owner's leases. Returns what could not be read, as sentences."""
+        unreadable = self.restore_settings(settings, now_ms)
+        unreadable += self.restore_messages(held, now_ms)
+        self.restore_leases(leases, now_ms)
+        return unreadable
+
+    def restore_settings(self, settings: Mapping[str, bytes], now_ms: int) -> list[str]:
+        """First: what the queues are like."""
         unreadable: list[str] = []
         for key, value in settings.items():
             name = key.removeprefix(SETTINGS_KEY)
@@ -133,7 +111,11 @@ class PartitionOwner:
                 self.delivery.configure(name, _settings_decoder.decode(value), now_ms)
             except msgspec.MsgspecError as e:
                 unreadable.append(f"settings of {name}: {e}")
-        marks: list[tuple[str, str, Mark]] = []
+        return unreadable
+
+    def restore_messages(self, held: Iterable[tuple[int, bytes, int]], now_ms: int) -> list[str]:
+        """Then: what they hold. May be called for one part after the other."""
+        unreadable: list[str] = []
         for dot, raw, body_bytes in held:
             try:
                 meta = stored.decode(raw)
@@ -145,13 +127,15 @@ class PartitionOwner:
                     entry = stored.entry_of(dot, meta, None, body_bytes)
                     self.delivery.put(entry, now_ms)
                 case DedupeMark(queue, dedupe_id, back, until_ms):
-                    marks.append((queue, dedupe_id, Mark(dot - back, dot, until_ms)))
-        for queue, dedupe_id, mark in sorted(marks, key=lambda item: item[2].until_ms):
-            self._window.add(queue, dedupe_id, mark)
+                    self._window.add(queue, dedupe_id, Mark(dot - back, dot, until_ms))
+        return unreadable
+
+    def restore_leases(self, leases: bytes, now_ms: int) -> None:
+        """Last: who was given what."""
+        self._window.sort()
         for lease in decode_leases(leases):
             self.delivery.restore_lease(lease, now_ms)
         self._events(now_ms)
-        return unreadable
 
     # ── operations ──────────────────────────────────────────────────────────────────────────────
 
@@ -189,7 +173,7 @@ class PartitionOwner:
                 count += 1
         self._storing[queue] += len(new)
         self._gathered.append(
-            _Storing(
+            Storing(
                 token=token,
                 drafts=count,
                 queue=queue,
@@ -245,7 +229,7 @@ class PartitionOwner:
         except msgspec.ValidationError as e:
             return refusal(400, "Invalid field", detail=str(e))
         self._drafts.append(SetDraft(SETTINGS_KEY + op.queue, _json.encode(after)))
-        self._gathered.append(_Configuring(token, 1, queue=op.queue, settings=after))
+        self._gathered.append(Configuring(token, 1, queue=op.queue, settings=after))
         return None
 
     def purge(self, token: int, queue: str, delete: bool) -> Answer | None:
@@ -262,7 +246,7 @@ class PartitionOwner:
             return None
         self._end(0, dots, None)
         self._drafts.append(SetDraft(SETTINGS_KEY + queue, b""))
-        self._gathered.append(_Configuring(token, 1, queue=queue, answer=answer))
+        self._gathered.append(Configuring(token, 1, queue=queue, answer=answer))
         return None
 
     def remove(self, dots: Sequence[int]) -> None:
@@ -330,13 +314,13 @@ class PartitionOwner:
         """The batch got the seqs from `first` on (0: it had no drafts)."""
         at = first or self._assigned + 1
         for pending in gathered:
-            if isinstance(pending, _Storing):
+            if isinstance(pending, Storing):
                 for offset, mark in pending.marks:
                     mark.mark_dot = pack_dot(self.epoch, at + offset)
                     mark.message_dot = mark.mark_dot - 1
             start, at = at, at + pending.drafts
             pending.last = at - 1
-            if isinstance(pending, _Storing):
+            if isinstance(pending, Storing):
                 pending.new = tuple((start + o, meta, body) for o, meta, body in pending.new)
                 pending.pieces = tuple(
                     p if isinstance(p, Mark) else start + p for p in pending.pieces
@@ -358,14 +342,14 @@ class PartitionOwner:
         while pending and pending[0].last <= upto:
             item = pending.popleft()
             match item:
-                case _Storing():
+                case Storing():
                     self._stored(item, now_ms)
-                case _Settling(dots=dots, answer=answer):
+                case Settling(dots=dots, answer=answer):
                     for dot in dots:
                         self.delivery.gone(dot, now_ms)
                     if answer is not None:
                         self._finish(item.token, answer)
-                case _Configuring(queue=queue, settings=settings):
+                case Configuring(queue=queue, settings=settings):
                     if settings is None:
                         self.delivery.forget_queue(queue, now_ms)
                         self._finish(item.token, item.answer)
@@ -390,9 +374,9 @@ class PartitionOwner:
 
     def _end(self, token: int, dots: list[int], answer: Answer | None) -> None:
         self._drafts.append(AckDraft(spans_of(dots)))
-        self._gathered.append(_Settling(token, 1, dots=tuple(dots), answer=answer))
+        self._gathered.append(Settling(token, 1, dots=tuple(dots), answer=answer))
 
-    def _stored(self, item: _Storing, now_ms: int) -> None:
+    def _stored(self, item: Storing, now_ms: int) -> None:
         self._storing[item.queue] -= len(item.new)
         if not self._storing[item.queue]:
             del self._storing[item.queue]
@@ -423,11 +407,11 @@ class PartitionOwner:
 
     def _undo(self, pending: Pending, now_ms: int) -> None:
         match pending:
-            case _Storing(queue=queue, new=new, marks=marks):
+            case Storing(queue=queue, new=new, marks=marks):
                 self._storing[queue] -= len(new)
                 for _, mark in marks:
                     mark.until_ms = 0  # closed: the id is free again
-            case _Settling(dots=dots):
+            case Settling(dots=dots):
                 for dot in dots:
                     self.delivery.unsettle(dot, now_ms)
             case _:
@@ -461,14 +445,3 @@ class PartitionOwner:
                 return refusal(409, "Message is being settled")
             case Verdict.UNKNOWN:
                 return refusal(404, "Message not found", id=message_id(self.partition, dot))
-
-
-def spans_of(dots: Sequence[int]) -> Spans:
-    """Packed dots as spans: sorted, joined where they touch."""
-    spans: list[Span] = []
-    for epoch, seq in map(unpack_dot, sorted(set(dots))):
-        if spans and spans[-1][0] == epoch and spans[-1][2] + 1 == seq:
-            spans[-1] = (epoch, spans[-1][1], seq)
-        else:
-            spans.append((epoch, seq, seq))
-    return tuple(spans)

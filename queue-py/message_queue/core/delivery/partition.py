@@ -13,14 +13,12 @@ meanwhile.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
 
 from message_queue.core.delivery.leases import Lease
 from message_queue.core.delivery.lifecycle import ALLOWED, State
-from message_queue.core.delivery.line import Line
 from message_queue.core.delivery.model import (
     MAX_LEASE_MS,
     Counts,
@@ -33,71 +31,13 @@ from message_queue.core.delivery.model import (
     Verdict,
     default_settings,
 )
-
-MAX_IDLE_QUEUES = 10_000
-"""Of one partition; beyond it, queues that fall empty are forgotten at once."""
-
-
-class Waiter(NamedTuple):
-    """A consumer in a long poll."""
-
-    token: int
-    most: int
-    visibility_ms: int | None
-
-
-class QueueView(NamedTuple):
-    """A queue laid open, for `invariants.check`."""
-
-    name: str
-    counts: list[int]
-    bytes: int
-    members: list[Entry]
-    line_head: Entry | None
-    waiters: int
-    heads: dict[str, Entry]
-
-
-class _Group:
-    """The members of one group in order; `head` is the only one that may be delivered."""
-
-    __slots__ = ("behind", "head")
-
-    def __init__(self) -> None:
-        self.head: Entry | None = None
-        self.behind: deque[Entry] = deque()
-
-
-class _Queue:
-    __slots__ = (
-        "arrivals",
-        "bytes",
-        "configured",
-        "counts",
-        "groups",
-        "line",
-        "name",
-        "settings",
-        "used",
-        "waiters",
-    )
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.settings = default_settings(name)
-        self.configured = False
-        self.used = False
-        """It held a message in this epoch: it stays listed, empty or not."""
-        self.line = Line()
-        self.counts = [0] * len(State)
-        self.bytes = 0
-        self.groups: dict[str, _Group] = {}
-        self.waiters: OrderedDict[int, Waiter] = OrderedDict()
-        self.arrivals: deque[Entry] = deque()
-
-    @property
-    def held(self) -> int:
-        return sum(self.counts)
+from message_queue.core.delivery.queues import (
+    MAX_IDLE_QUEUES,
+    Group,
+    Queue,
+    QueueView,
+    Waiter,
+)
 
 
 class PartitionDelivery:
@@ -107,11 +47,11 @@ class PartitionDelivery:
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.entries: dict[int, Entry] = {}
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[str, Queue] = {}
         self._timers: list[tuple[int, int]] = []
         """(due_ms, dot), lazily invalid. Invariant: every DELAYED and LEASED entry has a timer at
         its `due_ms` or earlier, and every entry that can expire one at its expiry or earlier."""
-        self._waiting_in: dict[int, _Queue] = {}
+        self._waiting_in: dict[int, Queue] = {}
         self.delivered: dict[int, Entry] = {}
         """Messages that were delivered and are still held: what a successor should know."""
         self.deliveries_changed = 0
@@ -142,7 +82,7 @@ class PartitionDelivery:
         if entry.group is not None:
             group = queue.groups.get(entry.group)
             if group is None:
-                group = queue.groups[entry.group] = _Group()
+                group = queue.groups[entry.group] = Group()
             if group.head is not None:
                 group.behind.append(entry)
                 entry.state = State.BEHIND
@@ -426,18 +366,18 @@ class PartitionDelivery:
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
-    def _queue(self, name: str) -> _Queue:
+    def _queue(self, name: str) -> Queue:
         queue = self._queues.get(name)
         if queue is None:
-            queue = self._queues[name] = _Queue(name)
+            queue = self._queues[name] = Queue(name)
         return queue
 
-    def _drop_if_idle(self, queue: _Queue) -> None:
+    def _drop_if_idle(self, queue: Queue) -> None:
         """A queue that nobody configured, used or waits for leaves no trace."""
         if not (queue.used or queue.waiters or queue.configured):
             self._queues.pop(queue.name, None)
 
-    def _move(self, queue: _Queue, entry: Entry, state: State) -> None:
+    def _move(self, queue: Queue, entry: Entry, state: State) -> None:
         if state not in ALLOWED[entry.state]:
             raise AssertionError(f"{entry.state.name} to {state.name}")
         queue.counts[entry.state] -= 1
@@ -458,7 +398,7 @@ class PartitionDelivery:
         heappush(self._timers, (entry.due_ms, entry.dot))
         return State.DELAYED
 
-    def _ready(self, queue: _Queue, entry: Entry, now_ms: int) -> None:
+    def _ready(self, queue: Queue, entry: Entry, now_ms: int) -> None:
         self._move(queue, entry, State.READY)
         if self._expired(queue, entry, now_ms):
             self._end(queue, entry, Ended.EXPIRED)
@@ -467,19 +407,17 @@ class PartitionDelivery:
         if queue.waiters:
             self._serve(queue, now_ms)
 
-    def _delay_until(self, queue: _Queue, entry: Entry, due_ms: int) -> None:
+    def _delay_until(self, queue: Queue, entry: Entry, due_ms: int) -> None:
         self._move(queue, entry, State.DELAYED)
         entry.due_ms = due_ms
         heappush(self._timers, (due_ms, entry.dot))
 
-    def _lease_until(self, queue: _Queue, entry: Entry, due_ms: int) -> None:
+    def _lease_until(self, queue: Queue, entry: Entry, due_ms: int) -> None:
         self._move(queue, entry, State.LEASED)
         entry.due_ms = due_ms
         heappush(self._timers, (due_ms, entry.dot))
 
-    def _take(
-        self, queue: _Queue, most: int, visibility_ms: int | None, now_ms: int
-    ) -> list[Entry]:
+    def _take(self, queue: Queue, most: int, visibility_ms: int | None, now_ms: int) -> list[Entry]:
         lease_ms = queue.settings.visibility_ms if visibility_ms is None else visibility_ms
         taken: list[Entry] = []
         while len(taken) < most:
@@ -496,7 +434,7 @@ class PartitionDelivery:
             taken.append(entry)
         return taken
 
-    def _serve(self, queue: _Queue, now_ms: int) -> None:
+    def _serve(self, queue: Queue, now_ms: int) -> None:
         """Hand ready messages to those who wait, first come, first served."""
         while queue.waiters and not self.paused:
             token = next(iter(queue.waiters))
@@ -508,7 +446,7 @@ class PartitionDelivery:
             del self._waiting_in[waiter.token]
             self._grants.append(Grant(waiter.token, taken))
 
-    def _advance(self, queue: _Queue, name: str, left: Entry, now_ms: int) -> None:
+    def _advance(self, queue: Queue, name: str, left: Entry, now_ms: int) -> None:
         """A member of a group left: if it was the head, the next one's turn comes."""
         group = queue.groups[name]
         if group.head is not left:
@@ -532,23 +470,23 @@ class PartitionDelivery:
         lease was forgotten is still good while nobody else has the message."""
         return receipt is not None and receipt < Receipt(entry.epoch, entry.attempt)
 
-    def _exhausted(self, queue: _Queue, entry: Entry) -> bool:
+    def _exhausted(self, queue: Queue, entry: Entry) -> bool:
         most = queue.settings.max_deliveries
         # Without a place for dead letters a message is delivered on: nothing is ever dropped.
         return most is not None and entry.attempt >= most and bool(queue.settings.dead_letter)
 
-    def _expires_ms(self, queue: _Queue, entry: Entry) -> int:
+    def _expires_ms(self, queue: Queue, entry: Entry) -> int:
         """When its lifetime ends, by its own ttl or the queue's retention; 0: never."""
         if queue.settings.retention_ms is None:
             return entry.expires_ms
         kept_until = entry.enqueued_ms + queue.settings.retention_ms
         return min(entry.expires_ms, kept_until) if entry.expires_ms else kept_until
 
-    def _expired(self, queue: _Queue, entry: Entry, now_ms: int) -> bool:
+    def _expired(self, queue: Queue, entry: Entry, now_ms: int) -> bool:
         expires_ms = self._expires_ms(queue, entry)
         return bool(expires_ms) and expires_ms <= now_ms
 
-    def _end(self, queue: _Queue, entry: Entry, reason: Ended) -> None:
+    def _end(self, queue: Queue, entry: Entry, reason: Ended) -> None:
         self._move(queue, entry, State.SETTLING)
         self._endings.append(Ending(entry, reason))
 
