@@ -203,6 +203,19 @@ def test_committed_entries_come_in_bounded_batches() -> None:
     assert [size for size in sizes if size] == [10, 10, 5]
 
 
+def test_a_removed_node_is_told_that_it_is() -> None:
+    core = leader()
+    core.step(AppendReply(sender=3, to=1, term=1, success=True, match_index=1), 0)
+    settle(core)
+    assert isinstance(core.remove(3), Accepted)
+    settle(core)
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=2), 0)
+    told = [m for one in settle(core) for m in one.messages if m.to == 3]
+    assert [m.commit for m in told if isinstance(m, AppendEntries)] == [2]
+    core.propose([b"x"])
+    assert not [m for one in settle(core) for m in one.messages if m.to == 3]
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 

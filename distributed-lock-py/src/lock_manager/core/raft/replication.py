@@ -54,9 +54,10 @@ def propose(state: State, payloads: Sequence[bytes]) -> Accepted | Refused:
 def flush(state: State, leading: Leading) -> None:
     """Sends every peer what it lacks and may be sent: entries, a read round, a new commit index."""
     read_index.start_round(state, leading)
-    eager = state.config.eager_commit or leading.resigning
     for peer, progress in leading.peers.items():
         send_entries(state, leading, peer, progress)
+        # Who leaves hears of the commit now or never.
+        eager = state.config.eager_commit or leading.resigning or peer in leading.leaving
         if progress.sent_round < leading.read_round or _has_news(state, progress, eager=eager):
             send_empty(state, leading, peer, progress)
     if leading.leaving and state.members.index <= state.commit_index:
