@@ -18,6 +18,7 @@ MAX_NAME_BYTES = 256
 DEFAULT_BODY_BYTES = 1 << 20
 HEARTBEAT_MS = 50
 ELECTION_TIMEOUT_MS = 300
+SNAPSHOT_ENTRIES = 20_000
 
 
 class ConfigError(Exception):
@@ -75,6 +76,7 @@ class Config:
     heartbeat_ms: int
     election_timeout_ms: int
     lock_delay_ms: int
+    snapshot_entries: int
     tls: TlsFiles | None
     max_body_bytes: int
     log_format: str
@@ -114,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
                    f" (default {ELECTION_TIMEOUT_MS})")  # fmt: skip
     p.add_argument("--lock_delay_ms", type=_not_negative, default=0,
                    help="how long a lock stays free after a lease expired (default 0)")  # fmt: skip
+    p.add_argument("--snapshot_entries", type=_positive, default=SNAPSHOT_ENTRIES,
+                   help="log entries after which a snapshot takes their place "
+                   f"(default {SNAPSHOT_ENTRIES})")  # fmt: skip
     add_common_flags(p)
     return p
 
@@ -167,6 +172,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         heartbeat_ms=args.heartbeat_ms,
         election_timeout_ms=args.election_timeout_ms,
         lock_delay_ms=args.lock_delay_ms,
+        snapshot_entries=args.snapshot_entries,
         tls=_tls(args.tls_cert, args.tls_key, args.tls_ca),
         max_body_bytes=args.max_body_bytes,
         log_format=args.log_format,

@@ -95,6 +95,28 @@ async def test_a_power_cut_loses_no_holder_no_token_and_no_lease_time(tmp_path: 
         assert (await second).status == 200
 
 
+async def test_a_late_node_and_a_restart_go_on_from_a_snapshot(tmp_path: Path) -> None:
+    async with make_cluster(tmp_path, more=("--snapshot_entries=40",)) as cluster:
+        leader = await cluster.leader()
+        late = (leader + 1) % 3
+        cluster.kill(late)
+        held = (await cluster.ask(leader, "/acquire", _body("a", "ann"))).json["fencing_token"]
+        for i in range(60):
+            await cluster.ask(leader, "/acquire", _body(f"lock-{i}", "ann", ttl_ms=600_000))
+            await cluster.ask(leader, "/release", {"lock_name": f"lock-{i}", "client_id": "ann"})
+        assert (await cluster.status(leader))["snapshot_index"] >= 40
+        cluster.start(late)
+        await cluster.ready(late)
+        await until(lambda: _holder_there(cluster, late))
+        assert (await cluster.status(late))["snapshot_index"] >= 40
+        cluster.power_cut()
+        await cluster.start_all()
+        after = await cluster.ask(await cluster.leader(), "/acquire", _body("b", "bob"))
+        assert after.json["fencing_token"] == held + 61
+        for index in range(3):
+            assert await until(lambda index=index: _holder_there(cluster, index)) == held
+
+
 async def test_a_stopped_leader_answers_nothing_stale_when_it_wakes(tmp_path: Path) -> None:
     async with make_cluster(tmp_path) as cluster:
         old = await cluster.leader()

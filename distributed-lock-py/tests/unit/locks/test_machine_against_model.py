@@ -7,7 +7,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from msgspec.structs import replace
 
 from lock_manager.core.locks import invariants, snapshot
@@ -110,6 +116,7 @@ class MachineAgainstModel(RuleBasedStateMachine):
         self.at_ms = 0
         self.step_ms = 0
         self.tokens: set[int] = set()  # of grants, ever
+        self.writer: snapshot.SnapshotWriter | None = None
         self.sent: list[Any] = []  # acquires with a request id
         # The model counts births of holds, the machine names them by their first token.
         self.origins: dict[int, int] = {}
@@ -265,8 +272,23 @@ class MachineAgainstModel(RuleBasedStateMachine):
             self.step_ms += max(0, due - self.at_ms)
             self.stamp(0)
 
+    @precondition(lambda self: self.writer is None)
+    @rule()
+    def a_snapshot_begins(self) -> None:
+        self.expected = snapshot.encode(self.machine)
+        self.writer = snapshot.SnapshotWriter(self.machine)
+
+    @precondition(lambda self: self.writer is not None)
+    @rule()
+    def a_snapshot_is_what_it_was_when_it_began(self) -> None:
+        while self.writer.step():
+            pass
+        assert self.writer.data() == self.expected
+        self.writer = None
+
     @rule()
     def restart_from_a_snapshot(self) -> None:
+        self.writer = None
         data = snapshot.encode(self.machine)
         restored = snapshot.restore(data)
         assert snapshot.encode(restored) == data

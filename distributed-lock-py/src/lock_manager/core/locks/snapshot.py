@@ -1,5 +1,9 @@
 """The whole machine as bytes and back. `restore(encode(m))` behaves like `m` for ever after.
 
+Encoding a million locks takes seconds, so a `SnapshotWriter` does it in small steps while the
+machine goes on. It sees the state of the moment when it was made: what may change meanwhile is
+either copied then (what is never much), or encoded just before it changes (locks).
+
 Rows name each other as the state does. What can be derived is not written: clients' indexes,
 loads, timers. Rows are ordered, because order is state here: holders by grant, queues by turn,
 tickets by their last sign of life.
@@ -13,7 +17,7 @@ import msgspec
 
 from lock_manager.core.locks.commands import Ask
 from lock_manager.core.locks.machine import LockMachine
-from lock_manager.core.locks.requests import Remembered
+from lock_manager.core.locks.requests import Row
 from lock_manager.core.locks.state import Hold, Lock, Place, Ticket, Waiter, weight_of
 
 FORMAT = 1
@@ -67,29 +71,46 @@ class _Snapshot(msgspec.Struct, frozen=True, array_like=True):
     token: int
     next_ticket: int
     epoch: int
-    locks: list[_LockRow]
+    locks: list[bytes]  # each a list of _LockRow
     waiters: list[_WaiterRow]
     tickets: list[_TicketRow]
-    requests: list[tuple[int, str, Remembered]]
+    requests: list[bytes]  # each a list of (forget at, key, Remembered)
     sweeps: list[tuple[int, int]]
     lost: list[tuple[int, str, str]]
 
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Snapshot)
+_lock_rows = msgspec.msgpack.Decoder(list[_LockRow])
+_request_rows = msgspec.msgpack.Decoder(list[Row])
+
+STEP_ROWS = 500
 
 
-def encode(machine: LockMachine) -> bytes:
-    table = machine.table
-    return _encoder.encode(
-        _Snapshot(
+class SnapshotWriter:
+    """`while writer.step(): ...` and then `writer.data()`; between steps the machine may go on.
+
+    One at a time for a machine. `index` is the last entry that the snapshot contains.
+    """
+
+    def __init__(self, machine: LockMachine) -> None:
+        table = machine.table
+        self.index = machine.applied_index
+        self._machine = machine
+        self._locks = list(table.locks.values())
+        self._before: dict[Lock, _LockRow] = {}  # as they were when they were about to change
+        self._answered, self._requests = machine.requests.freeze()
+        self._lock_chunks: list[bytes] = []
+        waiting = [t.request_key for t in machine.tickets.values() if t.request_key]
+        self._request_chunks = [_encoder.encode(machine.requests.waiting(waiting))]
+        self._rest = _Snapshot(
             FORMAT,
             machine.applied_index,
             table.now_ms,
             table.token,
             machine.next_ticket,
             machine.epoch,
-            [_lock_row(lock) for lock in table.locks.values()],
+            self._lock_chunks,
             [
                 _WaiterRow(w.waiter_id, w.client_id, w.asks, w.since_ms, w.ttl_ms, list(w.tickets))
                 for w in table.waiters.values()
@@ -98,11 +119,51 @@ def encode(machine: LockMachine) -> bytes:
                 _TicketRow(t.ticket_id, t.waiter_id, t.request_key, t.due_ms, t.epoch)
                 for t in machine.tickets.values()
             ],
-            machine.requests.export(),
+            self._request_chunks,
             list(machine.sweeps),
             [row for row in machine.lost if _still_lost(machine, row)],
         )
-    )
+        self._at = 0
+        table.before_change = self._preserve
+
+    def _preserve(self, lock: Lock) -> None:
+        if lock not in self._before:
+            self._before[lock] = _lock_row(lock)
+
+    def step(self) -> bool:
+        """Encode some rows; False when there are no more."""
+        at, self._at = self._at, self._at + STEP_ROWS
+        if at < len(self._locks):
+            before = self._before
+            rows = [before.get(lock) or _lock_row(lock) for lock in self._locks[at : self._at]]
+            self._lock_chunks.append(_encoder.encode(rows))
+            return True
+        at -= -(-len(self._locks) // STEP_ROWS) * STEP_ROWS
+        if at < len(self._answered):
+            remembered = self._requests
+            rows_too = [
+                (until, key, remembered[key]) for until, key in self._answered[at : at + STEP_ROWS]
+            ]
+            self._request_chunks.append(_encoder.encode(rows_too))
+            return True
+        self.close()
+        return False
+
+    def close(self) -> None:
+        """Stop watching the machine (also to give up)."""
+        self._machine.table.before_change = None
+
+    def data(self) -> bytes:
+        """The snapshot, after the last step."""
+        return _encoder.encode(self._rest)
+
+
+def encode(machine: LockMachine) -> bytes:
+    """The whole snapshot at once."""
+    writer = SnapshotWriter(machine)
+    while writer.step():
+        pass
+    return writer.data()
 
 
 def restore(data: bytes) -> LockMachine:
@@ -143,8 +204,9 @@ def _rebuild(rows: _Snapshot) -> LockMachine:
         table.waiters[w.waiter_id] = Waiter(
             w.waiter_id, w.client_id, w.asks, w.since_ms, w.ttl_ms, dict.fromkeys(w.tickets)
         )
-    for row in rows.locks:
-        _rebuild_lock(machine, row)
+    for chunk in rows.locks:
+        for row in _lock_rows.decode(chunk):
+            _rebuild_lock(machine, row)
     for waiter in table.waiters.values():
         client = table.client(waiter.client_id)
         client.waits = client.waits or {}
@@ -153,7 +215,8 @@ def _rebuild(rows: _Snapshot) -> LockMachine:
         ticket = Ticket(t.ticket_id, t.waiter_id, t.request_key, t.due_ms, t.epoch)
         machine.tickets[t.ticket_id] = ticket
         machine.deadlines.watch(ticket)
-    machine.requests.load(rows.requests)
+    for requests in rows.requests:
+        machine.requests.load(_request_rows.decode(requests))
     machine.sweeps.extend(rows.sweeps)
     for until, client_id, lock_name in rows.lost:
         client = table.client(client_id)

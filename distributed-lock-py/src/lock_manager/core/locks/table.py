@@ -8,7 +8,7 @@ do not depend on how many locks, clients or waiters there are: only on those tou
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from lock_manager.core.locks.commands import Ask
 from lock_manager.core.locks.replies import Granted, HolderView
@@ -29,6 +29,8 @@ class LockTable:
         self.waiters: dict[int, Waiter] = {}
         self.ends: Timers[Hold] = Timers()  # leases and reaping
         self.delays: Timers[Lock] = Timers()
+        # Told of each lock before it or a hold on it changes (a snapshot that is being written).
+        self.before_change: Callable[[Lock], None] | None = None
         self._dirty: deque[str] = deque()
 
     # ------------------------------------------------------------------------------- looking up
@@ -61,6 +63,11 @@ class LockTable:
                 max(0, hold.expires_ms - now_ms) if hold.ttl_ms else None,
                 hold.weight if lock.limit else 0,
             )
+
+    def _touch(self, lock: Lock) -> None:
+        """Must come before every change of a lock, its holds or its queues."""
+        if self.before_change is not None:
+            self.before_change(lock)
 
     # ---------------------------------------------------------------------------- may it be had?
 
@@ -159,6 +166,7 @@ class LockTable:
 
     def _give(self, client: Client, ask: Ask, ttl_ms: int, told: int) -> Granted:
         lock = self._lock(ask)
+        self._touch(lock)
         hold = lock.hold_of(client.client_id)
         weight = weight_of(ask)
         if hold is None:
@@ -184,6 +192,7 @@ class LockTable:
 
     def claim(self, hold: Hold, answers: int = 1) -> None:
         """The client is about to be told of this hold by so many more answers."""
+        self._touch(self.locks[hold.lock_name])
         hold.told += answers
         if hold.told and hold.reap_ms:
             hold.reap_ms = 0
@@ -192,12 +201,14 @@ class LockTable:
     def disclaim(self, hold: Hold) -> None:
         """One of those answers reached nobody."""
         if hold.told:
+            self._touch(self.locks[hold.lock_name])
             hold.told -= 1
             if not hold.told:
                 hold.reap_ms = self.now_ms + GRACE_MS
                 self.schedule(hold)
 
     def renew(self, hold: Hold, ttl_ms: int) -> None:
+        self._touch(self.locks[hold.lock_name])
         hold.ttl_ms = ttl_ms or hold.ttl_ms
         hold.expires_ms = self.now_ms + hold.ttl_ms
         self.schedule(hold)
@@ -210,6 +221,7 @@ class LockTable:
     def drop(self, hold: Hold, delay_ms: int = 0) -> None:
         """The hold is over; the lock stays free for `delay_ms`."""
         lock = self.locks[hold.lock_name]
+        self._touch(lock)
         lock.remove(hold)
         client = self.clients[hold.client_id]
         client.remove(hold)
@@ -223,6 +235,7 @@ class LockTable:
         self._dirty.append(lock.name)
 
     def end_delay(self, lock: Lock) -> None:
+        self._touch(lock)
         lock.free_from_ms = lock.due_ms = 0
         self._dirty.append(lock.name)
 
@@ -231,6 +244,7 @@ class LockTable:
         if lock is None:
             lock = self.locks[ask.lock_name] = Lock(ask.lock_name, ask.limit)
         elif lock.limit != ask.limit:  # only its delay is left of what it was
+            self._touch(lock)
             lock.limit = ask.limit
         return lock
 
@@ -243,6 +257,7 @@ class LockTable:
         self.waiters[waiter.waiter_id] = waiter
         for ask in waiter.asks:
             lock = self._lock(ask)
+            self._touch(lock)
             place = Place(waiter, weight_of(ask))
             if lock.hold_of(waiter.client_id) is None:
                 lock.queue = lock.queue if lock.queue is not None else OrderedDict()
@@ -260,6 +275,7 @@ class LockTable:
         del self.waiters[waiter.waiter_id]
         for ask in waiter.asks:
             lock = self.locks[ask.lock_name]
+            self._touch(lock)
             if lock.queue is not None and waiter.waiter_id in lock.queue:
                 del lock.queue[waiter.waiter_id]
                 if not lock.queue:
