@@ -96,15 +96,16 @@ def terminate(pid: int) -> None:
     """Ask `pid` to finish.
 
     Windows knows no such request for a background process: there it ends at once, as by kill -9,
-    which the services are built to survive.
+    which the services are built to survive. What cannot be signalled (gone meanwhile, or another
+    user's) shows in `wait_gone`.
     """
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGTERM)
 
 
 def kill(pid: int) -> None:
     """End `pid` at once."""
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(OSError):
         os.kill(pid, _KILL)
 
 
