@@ -252,10 +252,10 @@ def on_fetched(
     if records is None:  # trimmed meanwhile
         start_snapshot(state, fx, None)
         return
-    if records:
+    if records:  # else the next tick asks again
         session.next_seq = records[-1].seq + 1
         send(state, fx, Records(state.wished.epoch, records, state.durable_seq), now_ms)
-    pump(state, fx, now_ms)
+        pump(state, fx, now_ms)
 
 
 def on_ack(state: PairState, fx: Effects, message: Ack, now_ms: int) -> None:
@@ -408,6 +408,7 @@ def on_durable(state: PairState, fx: Effects, now_ms: int) -> None:
 def tick(state: PairState, fx: Effects, now_ms: int) -> None:
     """Time passed: a replica that does not answer is given up, or (strict) the write is."""
     drain_held(state, fx, now_ms)
+    pump(state, fx, now_ms)
     if not (state.pending and state.in_step):
         return
     session = state.session

@@ -211,7 +211,8 @@ async def test_a_watch_gets_what_its_token_may_read_and_ends_when_it_is_revoked(
         seen = await reader.readuntil(b"}\n\n")
         assert b'data: {"key":"w/yes","version":1,"value":[1]}' in seen
         await call(admin, "DELETE", "/tokens", {"accessor": made["accessor"]})
-        rest = await reader.read()
+        async with asyncio.timeout(10):  # at once, and not at the next keep-alive
+            rest = await reader.read()
         assert b"event: end" in rest
     writer.close()
 

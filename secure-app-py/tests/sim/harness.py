@@ -484,7 +484,10 @@ class PairHarness(Harness[SimNode]):
             return
         mine, peer = node.host.name, node.host.peers[0]
         assert record.hash in self.durable[mine] or done.seq <= state.durable_seq
-        if not done.degraded:
+        if done.degraded:
+            marked = not state.durable.in_step or done.seq <= state.barrier_seq
+            assert marked, "acknowledged alone without the durable mark that says so"
+        else:
             assert record.hash in self.durable[peer], "acknowledged before both disks had it"
         if state.durable.mode is Mode.STRICT:
             assert not done.degraded, "strict mode acknowledged alone"

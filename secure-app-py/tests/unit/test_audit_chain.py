@@ -93,6 +93,22 @@ def test_a_log_made_anew_with_the_key_is_a_rewrite() -> None:
     assert (verdict.code, verdict.seq) == (Code.REWRITE, 3)
 
 
+def test_changing_one_entry_with_the_key_moves_every_later_head() -> None:
+    lines = chain(10)
+    forged = [*lines[:1]]
+    mac = bytes.fromhex(read_line(lines[0])[0].mac)
+    for seq in range(2, 11):
+        who = "nobody" if seq == 2 else "demo:admin"
+        entry = Entry(
+            "set", "127.0.0.1", "nodeA", "allowed", f"r{seq}", seq, 200,
+            "2026-11-22T22:43:00.000Z", who, "", f"key-{seq}",
+        )  # fmt: skip
+        line, mac = make_line(KEY, mac, entry)
+        forged.append(line)
+    assert judge(forged).code is Code.OK
+    assert judge(forged, head(lines, 8)).code is Code.REWRITE
+
+
 def test_two_signed_heads_of_one_entry_are_a_fork() -> None:
     lines, other = chain(10), chain(10, who="nobody")
     verdict = judge(lines, head(lines, 4), head(lines, 8), head(other, 8))
