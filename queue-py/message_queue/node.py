@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, assert_never
 
 from message_queue.api.events import EventHub
+from message_queue.clocks import monotonic_ms, wall_ms
 from message_queue.config import Config
 from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
 from message_queue.core.ids import pack_dot, unpack_dot
@@ -93,7 +93,7 @@ class Node:
         cls, config: Config, metrics: Metrics, events: EventHub, data_dir: DataDir
     ) -> Node:
         """Recover what the data directory holds. Raises OSError."""
-        node = cls(config, metrics, events, data_dir.next_incarnation(_wall_ms()))
+        node = cls(config, metrics, events, data_dir.next_incarnation(wall_ms()))
         node.store = await Store.open(
             data_dir.path / "log",
             segment_bytes=config.segment_bytes,
@@ -103,7 +103,7 @@ class Node:
             on_trouble=node._trouble,
         )
         recovered = node.store.recovered
-        now_ms = _now_ms()
+        now_ms = monotonic_ms()
         node.replicator = Replicator(
             ReplicationConfig(
                 node=config.position,
@@ -112,7 +112,7 @@ class Node:
                 preference=node.ring.preference,
                 fresh=not node.store.states,
                 seed=node.incarnation,
-                wall_ms=_wall_ms(),
+                wall_ms=wall_ms(),
             ),
             node.store.states,
             recovered.clock_ms,
@@ -140,8 +140,8 @@ class Node:
         self.stopping = True
         self._wake()
         self._leases_due.clear()
-        self._pass_leases_on(_now_ms())
-        self.apply(self.replicator.yield_all(_now_ms()))
+        self._pass_leases_on(monotonic_ms())
+        self.apply(self.replicator.yield_all(monotonic_ms()))
         until_s = asyncio.get_running_loop().time() + 2
         with suppress(TimeoutError):
             async with asyncio.timeout_at(until_s):
@@ -181,7 +181,7 @@ class Node:
             self._note(note)
 
     def _durable(self, batch: int) -> None:
-        self.apply(self.replicator.durable(batch, _now_ms()))
+        self.apply(self.replicator.durable(batch, monotonic_ms()))
 
     def _lost(self, lost: Lost) -> None:
         host = self.hosts.get(lost.partition)
@@ -261,7 +261,7 @@ class Node:
                 break
         found.sort(key=lambda copy: (copy.epoch, copy.seq))
         lost = tuple(sorted(unreadable))
-        self.apply(self.replicator.bodies_read(read, tuple(found), lost, _now_ms()))
+        self.apply(self.replicator.bodies_read(read, tuple(found), lost, monotonic_ms()))
 
     def _note(self, note: Note) -> None:
         level = logging.INFO if note.name in _LOUD else logging.DEBUG
@@ -276,15 +276,15 @@ class Node:
 
     def cluster_ms(self) -> int:
         """Cluster time."""
-        return self.replicator.cluster_ms(_now_ms())
+        return self.replicator.cluster_ms(monotonic_ms())
 
     def wall_ms(self) -> int:
         """For people."""
-        return _wall_ms()
+        return wall_ms()
 
     def may_serve(self, partition: int) -> bool:
         """This node holds the partition's lease now."""
-        return self.replicator.may_serve(partition, _now_ms())
+        return self.replicator.may_serve(partition, monotonic_ms())
 
     def flush_soon(self, host: Host) -> None:
         """Propose at the end of this loop iteration, unless a batch is in flight already."""
@@ -314,7 +314,7 @@ class Node:
             owner.proposed(gathered, 0, now_ms)
             host.after()
             return
-        match self.replicator.propose(host.partition, drafts, _now_ms()):
+        match self.replicator.propose(host.partition, drafts, monotonic_ms()):
             case Accepted(epoch, first, effects):
                 if epoch != owner.epoch:
                     raise AssertionError("a host outlived its epoch")
@@ -336,7 +336,7 @@ class Node:
         """Records are unreadable here: fetch them again."""
         self.metrics.damaged_records += len(lost)
         self.events.publish("storage_damaged", partition=partition, records=len(lost))
-        self.apply(self.replicator.damaged(partition, lost, _now_ms()))
+        self.apply(self.replicator.damaged(partition, lost, monotonic_ms()))
 
     async def ask(self, operation: Operation) -> Answer:
         """Have the owner of another partition do something."""
@@ -362,7 +362,7 @@ class Node:
                 case _:
                     for_core.append(message)
         if for_core:
-            now_ms = _now_ms()
+            now_ms = monotonic_ms()
             self.apply(self.replicator.receive_all(position, incarnation, tuple(for_core), now_ms))
 
     def on_up(self, hello: Hello) -> None:
@@ -372,7 +372,7 @@ class Node:
         self.addresses[hello.position] = hello.addr
         self.events.publish("peer_up", position=hello.position, id=hello.node_id)
         log.info("link to %s is up", hello.node_id)
-        self.apply(self.replicator.peer_connected(hello.position, _now_ms()))
+        self.apply(self.replicator.peer_connected(hello.position, monotonic_ms()))
 
     def on_down(self, position: int) -> None:
         """It broke: nobody there waits for answers any more, and what was asked is in doubt."""
@@ -381,7 +381,7 @@ class Node:
         log.info("link to %s is down", self.ids.get(position, position))
         self.router.forwards.peer_lost(position)
         self._serving.peer_lost(position)
-        self.apply(self.replicator.peer_disconnected(position, _now_ms()))
+        self.apply(self.replicator.peer_disconnected(position, monotonic_ms()))
         self._wake()
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────
@@ -390,7 +390,7 @@ class Node:
         loop = asyncio.get_running_loop()
         core_due_ms = 0
         while True:
-            now_ms = _now_ms()
+            now_ms = monotonic_ms()
             if now_ms >= core_due_ms:
                 core_due_ms = now_ms + CORE_TICK_MS
                 # First: a tick may hand a partition over, with the leases that were told last.
@@ -446,11 +446,3 @@ class Node:
 
 
 _LOUD = frozenset({"damaged", "implausible", "sealed_drop"})
-
-
-def _now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000
