@@ -31,7 +31,9 @@ def on_append(state: State, append: AppendEntries) -> None:
         return
     roles.follow(state, append.sender)
     state.stamp_ms = max(state.stamp_ms, append.stamp_ms)
-    log = state.log
+    log, following = state.log, state.following
+    new_round = append.read_round > following.round_echoed
+    following.round_echoed = max(following.round_echoed, append.read_round)
     if prev_index < log.base_index:
         # What lies below the snapshot is committed and therefore equal (scylladb #9552).
         entries = entries[log.base_index - prev_index :]
@@ -50,7 +52,6 @@ def on_append(state: State, append: AppendEntries) -> None:
         return
     if fresh:
         _take(state, fresh)
-    following = state.following
     following.matched_index = max(following.matched_index, last_new)
     if append.commit > state.commit_index:
         index = min(append.commit, last_new)
@@ -58,9 +59,8 @@ def on_append(state: State, append: AppendEntries) -> None:
             commit_to(state, index)
     if last_new > log.durable_index:
         following.ack_due = True
-        if fresh and append.read_round <= following.round_echoed:
+        if fresh and not new_round:
             return  # answered when durable
-    following.round_echoed = max(following.round_echoed, append.read_round)
     acknowledge(state, force=True)
 
 
