@@ -6,6 +6,7 @@ list with one member more or less moves only that member's keys.
 
 from hashlib import blake2b
 
+_RECENT = 4096
 _MASK = (1 << 64) - 1
 
 
@@ -26,8 +27,15 @@ class Placement:
     def __init__(self, members: list[str]) -> None:
         self.members = sorted(set(members))
         self._seeds = [(_digest(member), member) for member in self.members]
+        self._recent: dict[str, str] = {}  # a transaction asks for the same key several times
 
     def home(self, key: str) -> str:
         """The one member that holds `key`'s main-memory value and serialises its transactions."""
-        digest = _digest(key)
-        return max((_mix(seed ^ digest), member) for seed, member in self._seeds)[1]
+        home = self._recent.get(key)
+        if home is None:
+            digest = _digest(key)
+            home = max((_mix(seed ^ digest), member) for seed, member in self._seeds)[1]
+            if len(self._recent) >= _RECENT:
+                self._recent.clear()
+            self._recent[key] = home
+        return home

@@ -221,13 +221,17 @@ class Cache(Requester):
 
     def next_tick_ms(self) -> float:
         """When `tick` has something to do next, at the latest."""
-        while self._deadlines and self._deadlines[0].done:
-            self._deadlines.popleft()
-        at_ms = min((self._renew_at_ms(s) for s in self.sessions.values()), default=NEVER)
-        if self._deadlines:
-            at_ms = min(at_ms, self._deadlines[0].deadline_ms)
-        if self._resends:
-            at_ms = min(at_ms, self._resends[0][0])
+        deadlines, at_ms = self._deadlines, NEVER
+        while deadlines and deadlines[0].done:
+            deadlines.popleft()
+        if deadlines:
+            at_ms = deadlines[0].deadline_ms
+        if self._resends and self._resends[0][0] < at_ms:
+            at_ms = self._resends[0][0]
+        for session in self.sessions.values():
+            if session.lines or session.waiting:
+                renew_ms = self._renew_at_ms(session)
+                at_ms = renew_ms if renew_ms < at_ms else at_ms
         return at_ms
 
     def _expire(self, step: Step, call: Call) -> None:

@@ -243,8 +243,9 @@ class Directory:
                 self._overdue(step, entry)
 
     def next_tick_ms(self) -> float:
-        at_ms = self._timers[0][0] if self._timers else NEVER
-        return min(at_ms, self.grants_from_ms) if self._held else at_ms
+        if self._held:
+            return self.grants_from_ms
+        return self._timers[0][0] if self._timers else NEVER
 
     def _overdue(self, step: Step, entry: Entry) -> None:
         """Ask those again who have not answered; go on without those whose lease is over."""
