@@ -338,6 +338,8 @@ def test_several_locks_are_taken_together_or_not_at_all(locks: Driver) -> None:
         ("ann a:s, bob b", "cyd a, cyd2 b", "bob a:s", ""),
         ("ann a:s, cyd b", "cyd a, bob a:s", "ann b", "ann cyd"),
         ("ann a:s, bob b, eve c", "eve a, ann b", "bob c", "bob eve ann"),
+        # The requester holds nothing, but somebody waits behind it.
+        ("xen a, bob b", "ann a, bob a", "ann b", "ann bob"),
         # Through several locks at once.
         ("ann a, bob b", "bob a c:s, cyd c", "ann b", "ann bob"),
         ("ann a, bob c", "cyd a b, bob b", "ann c", "ann bob cyd"),
