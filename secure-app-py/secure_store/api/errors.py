@@ -7,6 +7,7 @@ an effect.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import secrets
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 REQUEST_ID = web.RequestKey("request_id", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _encode = msgspec.json.Encoder().encode
+# Unique and cheap: a system call for chance per request would cost as much as the request.
+_PREFIX = secrets.token_hex(6)
+_numbers = itertools.count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
@@ -66,7 +70,7 @@ def request_id_of(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id")
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given
-    return secrets.token_hex(8)
+    return f"{_PREFIX}-{next(_numbers):x}"
 
 
 def to_response(request: web.Request, error: Exception) -> web.StreamResponse:
