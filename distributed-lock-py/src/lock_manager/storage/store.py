@@ -23,8 +23,11 @@ from lock_manager.storage.errors import CorruptStore, StoreError, StoreFailed
 from lock_manager.storage.high_water import HighWater
 
 FILE_NAME = "raft.sqlite3"
-# Checkpoint after so many pages of WAL: rarer than SQLite's 1000, as each costs two more fsyncs.
-WAL_PAGES = 4096
+# A checkpoint lets SQLite overwrite the WAL from its beginning. While the file still grows, each
+# sync costs the file system a journal commit of its own (twice the time, see DESIGN.md), so this is
+# small; a checkpoint costs two more syncs, so it is not smaller.
+CHECKPOINT_AFTER_BYTES = 4 << 20
+PAGE_BYTES = 4096
 
 
 class Store:
@@ -46,6 +49,7 @@ class Store:
         self._data_dir = data_dir
         self._connection = connection
         self._high_water = high_water
+        self._wal_room = CHECKPOINT_AFTER_BYTES  # until the next checkpoint
         self._waiting: deque[Persist | PeerIdentity] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -156,10 +160,11 @@ class Store:
                 return
             try:
                 seq = self._commit(batch)
+                _tell(loop, self._committed, done, seq, batch)
+                self._checkpoint_if_due(batch)
             except Exception as error:  # noqa: BLE001 - whatever failed, the node must not go on
                 _tell(loop, failed, StoreFailed(f"{self._data_dir.path / FILE_NAME}: {error}"))
                 return
-            _tell(loop, self._committed, done, seq, batch)
 
     def _commit(self, batch: list[Persist | PeerIdentity]) -> int:
         """One transaction, one fsync. Returns the last write's seq, 0 if there is none."""
@@ -176,6 +181,17 @@ class Store:
         connection.execute("COMMIT")
         self._high_water.reached(self._extent.commits)
         return seq
+
+    def _checkpoint_if_due(self, batch: list[Persist | PeerIdentity]) -> None:
+        """Moves the WAL into the database once it is long; nobody waits for this but the next
+        write. All nodes log the same, so chance keeps them from doing it together."""
+        # At least a page of the log and the row of hard state are written anew each time.
+        self._wal_room -= 3 * PAGE_BYTES
+        self._wal_room -= sum(_size(item) for item in batch if isinstance(item, Persist))
+        if self._wal_room < 0:
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._wal_room = CHECKPOINT_AFTER_BYTES // 2
+            self._wal_room += secrets.randbelow(CHECKPOINT_AFTER_BYTES // 2)
 
     def _committed(
         self, done: Callable[[int], None], seq: int, batch: list[Persist | PeerIdentity]
@@ -202,7 +218,7 @@ def _connect(file: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the platter
     connection.execute("PRAGMA checkpoint_fullfsync = ON")
-    connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
     connection.execute("PRAGMA temp_store = MEMORY")
     return connection
