@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from time import perf_counter
 
 from lock_manager.api.directory import Directory
 from lock_manager.api.errors import ApiError, NotLeader
@@ -238,7 +239,7 @@ class Node:
         if isinstance(result, Accepted):
             self._logged_ms = cluster_ms
             self._desk.proposed(
-                result.first_index, Proposed(result.term, batch, mail, self._loop.time())
+                result.first_index, Proposed(result.term, batch, mail, perf_counter())
             )
             return True
         # Too much under way, or leadership is being handed over: soon it is taken, or redirected.
@@ -259,7 +260,7 @@ class Node:
         self._clock.hear(self._machine.now_ms)  # after a restart the log knows the time best
         follow_up: list[Command] = []
         if own is not None:
-            self._metrics.commit_ms.observe((self._loop.time() - own.since_s) * 1000)
+            self._metrics.commit_ms.observe((perf_counter() - own.since_s) * 1000)
             follow_up += self._desk.answer(own.pendings, outcomes)
         if outcomes.resolutions:
             follow_up += self._desk.resolve(outcomes.resolutions)

@@ -52,7 +52,7 @@ class Proposed(msgspec.Struct, frozen=True):
     term: int
     batch: Batch
     pendings: list[Pending]  # in the order of the commands
-    since_s: float  # on the loop's clock
+    since_s: float  # by perf_counter: uvloop's own clock has whole milliseconds
 
 
 class Desk:

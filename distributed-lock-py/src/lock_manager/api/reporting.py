@@ -28,10 +28,6 @@ class Reporter:
         metrics = self._metrics
         metrics.batches += 1
         metrics.commands += len(batch.commands)
-        for command, answer in zip(batch.commands, outcomes.answers, strict=True):
-            self._answered(command, answer)
-        for resolution in outcomes.resolutions:
-            self._resolved(resolution.reply)
         for expired in outcomes.expired:
             if expired.reaped:
                 metrics.grants_reaped += 1
@@ -44,6 +40,10 @@ class Reporter:
                 fencing_token=expired.fencing_token,
                 reason="unclaimed" if expired.reaped else "lease",
             )
+        for command, answer in zip(batch.commands, outcomes.answers, strict=True):
+            self._answered(command, answer)
+        for resolution in outcomes.resolutions:
+            self._resolved(resolution.reply)
 
     def _answered(self, command: Command, answer: Reply | Queued) -> None:
         match answer:
