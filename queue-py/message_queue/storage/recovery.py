@@ -27,6 +27,7 @@ from message_queue.core.messages import (
     Spans,
     WithdrawRecord,
 )
+from message_queue.core.placement.ring import PARTITIONS
 from message_queue.core.replication.dots import joined
 from message_queue.core.replication.state import PartitionState
 from message_queue.storage import files
@@ -127,7 +128,8 @@ def _replay(found: Recovered, segment: int, frame: Frame, checked: set[int]) -> 
     if state is None:
         state = found.states[record.partition] = PartitionState(record.partition)
     state.apply(record)
-    if isinstance(record, CheckpointRecord):
+    if isinstance(record, CheckpointRecord | SealRecord):
+        # A seal is the whole state as well, as the partition's owner knew it.
         checked.add(record.partition)
 
 
@@ -140,9 +142,13 @@ def _prune(found: Recovered) -> None:
 
 
 def _withdraw(found: Recovered, checked: set[int]) -> None:
-    """Withdraw what damage may have cost. `checked`: partitions with a checkpoint after all
-    damage, whose records before it are redundant (but for bodies, which are looked for)."""
-    for partition, state in found.states.items():
+    """Withdraw what damage may have cost. `checked`: partitions with a checkpoint (or seal) after
+    all damage, whose records before it are redundant (but for bodies, which are looked for).
+    A damaged record may have been all that there was of a partition, unless others were
+    checkpointed since: a round of checkpoints leaves out no partition."""
+    everything = found.damaged and not checked
+    for partition in range(PARTITIONS) if everything else sorted(found.states):
+        state = found.states.setdefault(partition, PartitionState(partition))
         lost = missing_bodies(state, found.index)
         if lost or (found.damaged and partition not in checked):
             record = WithdrawRecord(partition, lost)
