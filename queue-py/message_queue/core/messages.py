@@ -35,6 +35,11 @@ Span = tuple[Count, Count, Count]
 Spans = tuple[Span, ...]
 """Sorted by epoch, then seq; never overlapping. The wire form of a set of dots."""
 
+Chunk = tuple[Count, Count, Annotated[bytes, Meta(min_length=1, max_length=128)]]
+Chunks = tuple[Chunk, ...]
+"""The wire form of a set of dots that may be full of holes: (epoch, n, bits), where bit i, lowest
+first, is seq n * 1024 + i. Sorted by epoch, then n. A million dots are 130 KB at most."""
+
 
 class Standing(IntEnum):
     """What a replica's word about a partition is worth."""
@@ -114,7 +119,7 @@ class View(Struct, frozen=True, array_like=True):
     # a number drawn at the partition's first takeover; 0 = none yet. Two origins never mix
     origin: Count
     context: Spans
-    held: Spans
+    held: Chunks
     settings: tuple[Setting, ...]
 
 
@@ -367,7 +372,7 @@ class CheckpointRecord(Struct, frozen=True, array_like=True, tag=7):
     ring: Count
     standing: Standing
     view: View
-    copied: Spans  # bodies fetched for a seal that is still to come
+    copied: Chunks  # bodies fetched for a seal that is still to come
 
 
 LogRecord = (

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from message_queue.core.messages import Ack, Entry, Put, Set
-from message_queue.core.replication.dots import DotSet, joined, well_formed
+from message_queue.core.replication.dots import DotSet, joined, well_formed, well_formed_chunks
 from message_queue.core.replication.intervals import Intervals
 from message_queue.core.replication.records import RecordSet, merged
 
@@ -37,6 +37,10 @@ def test_a_dot_set_is_a_set_of_dots(added: list, removed: list, other: list) -> 
     for span in other:
         assert flat(dots.within(span)) == model & flat([span])
         assert flat(dots.outside((span,))) == flat([span]) - model
+    assert set(dots.common(DotSet(other)).dots()) == model & flat(other)
+    assert well_formed_chunks(dots.chunks())
+    assert DotSet.of(dots.chunks()) == dots
+    assert len(DotSet.of(dots.chunks())) == len(dots)
     union = dots.copy()
     union.update(DotSet(other))
     assert set(union.dots()) == model | flat(other)

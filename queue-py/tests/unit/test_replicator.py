@@ -39,6 +39,7 @@ from message_queue.core.replication.contract import (
     PutDraft,
     ReplicationConfig,
 )
+from message_queue.core.replication.dots import DotSet
 from message_queue.core.replication.effects import Effects
 from message_queue.core.replication.replicator import Replicator
 from message_queue.core.replication.state import PartitionState
@@ -53,7 +54,7 @@ def view(
     context: tuple[tuple[int, int, int], ...] = (),
     held: tuple[tuple[int, int, int], ...] = (),
 ) -> View:
-    return View(sealed, ORIGIN, context, held, ())
+    return View(sealed, ORIGIN, context, DotSet(held).chunks(), ())
 
 
 def member(*records: LogRecord) -> PartitionState:
@@ -360,7 +361,9 @@ def test_hostile_messages_change_nothing() -> None:
         Append(P, EPOCH_C, (Ack(1, ((EPOCH_C, 5, 3),)),)),
         Append(P, EPOCH_C, (Ack(2, ((huge, 1, 1),)),)),
         Seal(P, EPOCH_C, 1, view(EPOCH_C, (), ((EPOCH_A, 1, 1),))),  # held, not covered
-        Seal(P, EPOCH_C, 1, view(EPOCH_C, ((EPOCH_A, 1, huge),), ((EPOCH_A, 1, huge),))),
+        Seal(P, EPOCH_C, 1, View(EPOCH_C, ORIGIN, (), ((EPOCH_A, 2**43, b"\1"),), ())),
+        Seal(P, EPOCH_C, 1, View(EPOCH_C, ORIGIN, ((EPOCH_A, 1, huge),), ((64, 0, b"\1"),), ())),
+        Seal(P, EPOCH_C, 1, View(EPOCH_C, ORIGIN, ((EPOCH_A, 1, huge),), ((64, 0, b"\0"),), ())),
         Heartbeat(1, 10, 0, ((P, EPOCH_A),), ()),
         Stored(P, EPOCH_C, 1, False),
         Promise(P, EPOCH_C, Standing.MEMBER, view()),

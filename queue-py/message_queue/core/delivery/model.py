@@ -7,12 +7,14 @@ from enum import StrEnum
 import msgspec
 
 from message_queue.core.delivery.lifecycle import State
+from message_queue.core.placement.ring import stable_hash
 
 MAX_LEASE_MS = 12 * 3600 * 1000
 """A delivery may be extended to this long in total, as in SQS."""
 DEFAULT_VISIBILITY_MS = 30_000
 DEFAULT_MAX_DELIVERIES = 5
 DEAD_SUFFIX = ".dead"
+MAX_NAME_BYTES = 256
 PRIORITIES = 10
 
 
@@ -31,7 +33,17 @@ def default_settings(queue: str) -> Settings:
     """Settings of a queue that nobody configured. A dead letter queue keeps what it holds."""
     if queue.endswith(DEAD_SUFFIX):
         return Settings(max_deliveries=None)
-    return Settings(dead_letter=queue + DEAD_SUFFIX)
+    return Settings(dead_letter=dead_letter_queue(queue))
+
+
+def dead_letter_queue(queue: str) -> str:
+    """`<queue>.dead`; of a name too long for that, its beginning and a hash of the whole."""
+    name = queue + DEAD_SUFFIX
+    if len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    tail = f"~{stable_hash(queue):016x}{DEAD_SUFFIX}"
+    kept = queue.encode()[: MAX_NAME_BYTES - len(tail)].decode(errors="ignore")
+    return kept + tail
 
 
 class Entry(msgspec.Struct, eq=False, gc=False):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from message_queue.core.messages import Span, Spans
+from message_queue.core.messages import Chunk, Chunks, Span, Spans
 
 CHUNK = 1024
 FULL = (1 << CHUNK) - 1
@@ -148,24 +148,46 @@ class DotSet:
                 out.append((epoch, at, last))
         return tuple(out)
 
-    def spans(self) -> Spans:
-        """The wire form: sorted, disjoint, not touching."""
-        out: list[Span] = []
+    def runs(self) -> Iterator[Span]:
+        """The spans of consecutive dots, one by one: sorted, disjoint, not touching."""
+        held: Span | None = None
         for epoch in sorted(self._epochs):
             chunks = self._epochs[epoch]
             for number in sorted(chunks):
-                out.extend(_runs(epoch, number << 10, chunks[number]))
-        return joined(out)
+                for run in _runs(epoch, number << 10, chunks[number]):
+                    if held is not None and held[0] == epoch and held[2] + 1 == run[1]:
+                        held = (epoch, held[1], run[2])
+                        continue
+                    if held is not None:
+                        yield held
+                    held = run
+        if held is not None:
+            yield held
 
-    def epoch_spans(self, epoch: int) -> Spans:
-        """The spans of one epoch."""
-        chunks = self._epochs.get(epoch, {})
-        return joined(
-            run for number in sorted(chunks) for run in _runs(epoch, number << 10, chunks[number])
+    def spans(self) -> Spans:
+        """All of ``runs``."""
+        return tuple(self.runs())
+
+    def chunks(self) -> Chunks:
+        """The wire form that stays small whatever was removed."""
+        return tuple(
+            (epoch, number, bits.to_bytes((bits.bit_length() + 7) >> 3, "little"))
+            for epoch in sorted(self._epochs)
+            for number, bits in sorted(self._epochs[epoch].items())
         )
 
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> DotSet:
+        """The set that ``chunks`` gave."""
+        dots = cls()
+        for epoch, number, raw in chunks:
+            bits = int.from_bytes(raw, "little")
+            dots._epochs.setdefault(epoch, {})[number] = bits
+            dots._count += bits.bit_count()
+        return dots
+
     def dots(self) -> Iterator[tuple[int, int]]:
-        for epoch, first, last in self.spans():
+        for epoch, first, last in self.runs():
             for seq in range(first, last + 1):
                 yield epoch, seq
 
@@ -198,19 +220,9 @@ class DotSet:
                 out._count += sum(bits.bit_count() for bits in kept.values())
         return out
 
-    def contiguous(self, epoch: int) -> int:
-        """The largest n such that 1..n are all here; 0 if none."""
-        chunks = self._epochs.get(epoch)
-        if chunks is None:
-            return 0
-        number = 0
-        while True:
-            bits = chunks.get(number, 0)
-            if number == 0:
-                bits |= 1  # seq 0 does not exist
-            if bits != FULL:
-                return (number << 10) + (~bits & (bits + 1)).bit_length() - 2
-            number += 1
+    def common(self, other: DotSet) -> DotSet:
+        """A new set: what is in both."""
+        return self.minus(self.minus(other))
 
 
 def _runs(epoch: int, base: int, bits: int) -> Iterator[Span]:
@@ -241,4 +253,14 @@ def well_formed(spans: Spans) -> bool:
         if f < 1 or t < f or e < epoch or (e == epoch and f <= last):
             return False
         epoch, last = e, t
+    return True
+
+
+def well_formed_chunks(chunks: Chunks) -> bool:
+    """Sorted, no chunk twice, none empty, seqs from 1."""
+    before = (0, -1)
+    for epoch, number, raw in chunks:
+        if (epoch, number) <= before or not raw[-1] or (number == 0 and raw[0] & 1):
+            return False
+        before = (epoch, number)
     return True

@@ -47,11 +47,11 @@ class Fetch:
     def ask(self, now_ms: int) -> None:
         """Pulls the next page, from a source that has something of it."""
         for peer, held in self.sources.items():
-            wanted = self.remaining.minus(self.remaining.minus(held))
+            wanted = self.remaining.common(held)
             if wanted:
                 self._source = peer
                 self._asked_ms = now_ms
-                spans = tuple(islice(wanted.spans(), PULL_SPANS))
+                spans = tuple(islice(wanted.runs(), PULL_SPANS))
                 self._desk.send(peer, Pull(self._partition, self.epoch, spans))
                 return
         self._source = None

@@ -62,7 +62,7 @@ class Install:
 
     def _fetch(self, now_ms: int) -> Fetch:
         state, view = self._state, self._seal.view
-        wanted = DotSet(view.held).minus(state.bodies())
+        wanted = DotSet.of(view.held).minus(state.bodies())
         if self._seal.epoch == state.sealed:
             # What this node has seen acked under the same seal after the view was taken.
             covered = Intervals(state.records.context.spans())
@@ -70,7 +70,7 @@ class Install:
                 for known in covered.within(span):
                     wanted.remove_range(*known)
         fetch = Fetch(self._desk, state.partition, self._seal.epoch, wanted)
-        fetch.add_source(owner_of(self._seal.epoch), DotSet(view.held))
+        fetch.add_source(owner_of(self._seal.epoch), DotSet.of(view.held))
         if wanted:
             fetch.ask(now_ms)
         return fetch
@@ -124,5 +124,5 @@ class Install:
         if self._seal.epoch == self._state.sealed:
             return ()
         known = Intervals(self._seal.view.context)
-        mine = self._state.held.minus(DotSet(self._seal.view.held))
-        return tuple(span for span in mine.spans() if known.within(span) != (span,))
+        mine = self._state.held.minus(DotSet.of(self._seal.view.held))
+        return tuple(span for span in mine.runs() if known.within(span) != (span,))

@@ -85,11 +85,12 @@ class Intervals:
         if not runs:
             return ()
         out: list[Span] = []
-        for low, high in runs[max(bisect_right(runs, first, key=_first) - 1, 0) :]:
-            if low > last:
-                break
+        at = max(bisect_right(runs, first, key=_first) - 1, 0)
+        while at < len(runs) and runs[at][0] <= last:
+            low, high = runs[at]
             if high >= first:
                 out.append((epoch, max(low, first), min(high, last)))
+            at += 1
         return tuple(out)
 
     def update(self, other: Intervals) -> None:

@@ -30,7 +30,7 @@ class RecordSet:
     def of(cls, view: View) -> RecordSet:
         records = cls()
         records.context = Intervals(view.context)
-        records.held = DotSet(view.held)
+        records.held = DotSet.of(view.held)
         records.settings = {setting.key: setting for setting in view.settings}
         return records
 
@@ -39,7 +39,7 @@ class RecordSet:
             sealed=sealed,
             origin=origin,
             context=self.context.spans(),
-            held=self.held.spans(),
+            held=self.held.chunks(),
             settings=tuple(sorted(self.settings.values(), key=lambda s: s.key)),
         )
 
@@ -96,7 +96,7 @@ def merged(parts: Sequence[RecordSet]) -> RecordSet:
         out.context.update(part.context)
         out.held.update(part.held)
     for part in parts:
-        for span in out.held.minus(part.held).spans():
+        for span in out.held.minus(part.held).runs():
             for acked in part.context.within(span):
                 out.held.remove_range(*acked)
     for part in parts:

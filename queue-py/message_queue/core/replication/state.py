@@ -111,7 +111,7 @@ class PartitionState:
                 self.sealed = record.view.sealed
                 self.origin = record.view.origin
                 self.records = RecordSet.of(record.view)
-                self.copied = DotSet(record.copied)
+                self.copied = DotSet.of(record.copied)
                 return before.minus(self.bodies()).spans()
             case ClockRecord():
                 return ()
@@ -141,5 +141,5 @@ class PartitionState:
             ring=self.ring,
             standing=self.standing,
             view=self.view(),
-            copied=self.copied.spans(),
+            copied=self.copied.chunks(),
         )

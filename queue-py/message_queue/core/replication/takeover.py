@@ -166,7 +166,7 @@ class Takeover:
         if self.phase is Phase.CLAIM:
             self._count(now_ms)
         elif self.phase is Phase.FETCH and self._fetch is not None:
-            self._fetch.add_source(peer, DotSet(message.view.held))
+            self._fetch.add_source(peer, DotSet.of(message.view.held))
             self._fetch.ask(now_ms)
 
     def refused(self, peer: int, promised: int) -> None:
@@ -225,7 +225,7 @@ class Takeover:
         )
         for peer, (_, view) in self._promises.items():
             if peer != desk.config.node:
-                fetch.add_source(peer, DotSet(view.held))
+                fetch.add_source(peer, DotSet.of(view.held))
         self._fetch = fetch
         if fetch.remaining:
             fetch.ask(now_ms)

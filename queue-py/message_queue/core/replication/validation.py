@@ -30,26 +30,23 @@ from message_queue.core.messages import (
     Yield,
     owner_of,
 )
-from message_queue.core.replication.dots import well_formed
-
-MAX_HELD = 1 << 28
-"""Held puts in one partition: what a view may make this node allocate bits for."""
+from message_queue.core.replication.dots import CHUNK, mask, well_formed, well_formed_chunks
+from message_queue.core.replication.intervals import Intervals
 
 
 def plausible_view(view: View, below: int) -> bool:
     """Well-formed, no dot of an epoch above ``below``, and nothing held that is not covered."""
-    if not well_formed(view.context) or not well_formed(view.held):
+    if not well_formed(view.context) or not well_formed_chunks(view.held):
         return False
     if view.context and view.context[-1][0] > below:
         return False
-    if sum(last - first + 1 for _, first, last in view.held) > MAX_HELD:
-        return False
-    covers = iter(view.context)
-    cover = next(covers, None)
-    for epoch, first, last in view.held:
-        while cover is not None and (cover[0], cover[2]) < (epoch, first):
-            cover = next(covers, None)
-        if cover is None or cover[0] != epoch or cover[1] > first or cover[2] < last:
+    context = Intervals(view.context)
+    for epoch, number, raw in view.held:
+        base = number * CHUNK
+        bare = int.from_bytes(raw, "little")
+        for _, first, last in context.within((epoch, base, base + CHUNK - 1)):
+            bare &= ~mask(first - base, last - base)
+        if bare:
             return False
     return all(setting.epoch <= below for setting in view.settings)
 
