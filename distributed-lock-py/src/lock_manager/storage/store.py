@@ -70,7 +70,7 @@ class Store:
             return cls._open(data_dir, owner)
         except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
             data_dir.close()  # the last three: a value in a row is not of its column's type
-            raise CorruptStore(f"{path / FILE_NAME}: {error}") from error
+            raise CorruptStore(f"{path / FILE_NAME} is corrupt: {error}") from error
         except OSError as error:
             data_dir.close()
             raise StoreError(f"{path / FILE_NAME}: {error.strerror or error}") from error

@@ -35,6 +35,7 @@ OUTBOX_BYTES = 32 << 20
 HELLO_BYTES = 4096
 HELLO_TIMEOUT_S = 2.0
 KEEPALIVE_S = 2.0
+FAREWELL_S = 5.0
 RECONNECT_S = (0.02, 0.2)
 
 
@@ -100,8 +101,9 @@ class Links:
                 self.counters.dropped += 1
 
     def connect(self, addresses: Mapping[int, str]) -> None:
-        """Dials exactly these peers (`host:port` by position) from now on. Must run on the loop;
-        links to others are closed, unchanged ones stay."""
+        """Dials exactly these peers (`host:port` by position) from now on. Must run on the loop.
+        Unchanged links stay; one to a peer that is not named any more goes a little later, so that
+        it can still be told that it was removed."""
         if self._stopped:
             return
         if self._session is None:
@@ -110,9 +112,15 @@ class Links:
             )
         scheme = "wss" if self._client_ssl is not None else "ws"
         urls = {position: f"{scheme}://{addresses[position]}{LINK_PATH}" for position in addresses}
+        loop = asyncio.get_running_loop()
         for position, link in list(self._outgoing.items()):
-            if urls.get(position) != link.url:
-                self._outgoing.pop(position).task.cancel()
+            if position not in urls:
+                link.farewell = link.farewell or loop.call_later(FAREWELL_S, self._drop, position)
+            elif urls[position] != link.url:
+                self._drop(position)
+            elif link.farewell is not None:
+                link.farewell.cancel()
+                link.farewell = None
         for position, url in urls.items():
             if position not in self._outgoing and position != self._me.position:
                 link = _Outgoing(url)
@@ -120,6 +128,12 @@ class Links:
                     self._dial(position, link), name=f"link to {position}"
                 )
                 self._outgoing[position] = link
+
+    def _drop(self, position: int) -> None:
+        link = self._outgoing.pop(position)
+        if link.farewell is not None:
+            link.farewell.cancel()
+        link.task.cancel()
 
     @property
     def connected(self) -> frozenset[int]:
@@ -130,6 +144,9 @@ class Links:
         """Sends what is queued on links that are up (0.2 s at most), then closes all of them."""
         self._stopped = True
         links = list(self._outgoing.values())
+        for link in links:
+            if link.farewell is not None:
+                link.farewell.cancel()
         flushing = [asyncio.create_task(link.drained()) for link in links if link.up]
         if flushing:
             await asyncio.wait(flushing, timeout=0.2)
@@ -295,12 +312,13 @@ class Links:
 class _Outgoing:
     """One outgoing link: encoded messages that wait for it, bounded in bytes."""
 
-    __slots__ = ("_bytes", "_empty", "_messages", "_wake", "task", "up", "url")
+    __slots__ = ("_bytes", "_empty", "_messages", "_wake", "farewell", "task", "up", "url")
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.up = False
         self.task: asyncio.Task[None]
+        self.farewell: asyncio.TimerHandle | None = None  # set: the peer is no member any more
         self._messages: deque[bytes] = deque()
         self._bytes = 0
         self._wake = asyncio.Event()

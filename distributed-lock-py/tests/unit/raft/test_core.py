@@ -203,7 +203,7 @@ def test_committed_entries_come_in_bounded_batches() -> None:
     assert [size for size in sizes if size] == [10, 10, 5]
 
 
-def test_a_removed_node_is_told_that_it_is() -> None:
+def test_a_removed_node_is_told_until_it_knows() -> None:
     core = leader()
     core.step(AppendReply(sender=3, to=1, term=1, success=True, match_index=1), 0)
     settle(core)
@@ -212,8 +212,23 @@ def test_a_removed_node_is_told_that_it_is() -> None:
     core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=2), 0)
     told = [m for one in settle(core) for m in one.messages if m.to == 3]
     assert [m.commit for m in told if isinstance(m, AppendEntries)] == [2]
+    core.step(AppendReply(sender=3, to=1, term=1, success=True, match_index=2), 0)
+    settle(core)
     core.propose([b"x"])
     assert not [m for one in settle(core) for m in one.messages if m.to == 3]
+    assert {peer.node_id for peer in core.progress()} == {2}
+
+
+def test_a_removed_node_that_is_dead_is_given_up() -> None:
+    core = leader()
+    core.remove(3)
+    settle(core)
+    for now in range(50, 4_000, 50):
+        core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=2), now)
+        core.tick(now)
+        settle(core)
+    assert core.role is Role.LEADER
+    assert {peer.node_id for peer in core.progress()} == {2}
 
 
 # ---------------------------------------------------------------------------------------- refusals

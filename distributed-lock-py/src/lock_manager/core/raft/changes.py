@@ -8,6 +8,9 @@ from lock_manager.core.raft.messages import Configuration, Entry, EntryKind, Mem
 from lock_manager.core.raft.state import Leading, State
 from lock_manager.core.raft.tracker import Progress
 
+# How many election timeouts long a removed peer is told that its removal is committed.
+FAREWELL_TIMEOUTS = 10
+
 
 def _admit(state: State) -> Leading | Refused:
     """The leadership that may append a configuration now, or why there is none."""
@@ -52,9 +55,21 @@ def sync_peers(state: State, leading: Leading) -> None:
     for peer in sorted(members):
         if peer not in leading.peers or peer in leading.leaving:
             leading.peers[peer] = Progress(state.log.last_index + 1, state.now_ms)
-    leading.leaving = leading.peers.keys() - members
+    give_up_ms = state.now_ms + FAREWELL_TIMEOUTS * state.config.election_timeout_ms
+    leading.leaving = {
+        peer: leading.leaving.get(peer, give_up_ms) for peer in leading.peers if peer not in members
+    }
     if leading.transfer_target in leading.leaving:
         transfer.end(state, leading)
+
+
+def see_off(state: State, leading: Leading) -> None:
+    """Stops talking to removed peers that know it by now, or do not answer."""
+    for peer, give_up_ms in list(leading.leaving.items()):
+        progress = leading.peers[peer]
+        told = min(progress.match_index, progress.sent_commit) >= state.members.index
+        if told or state.now_ms >= give_up_ms:
+            del leading.peers[peer], leading.leaving[peer]
 
 
 def add(state: State, member: Member) -> Accepted | Refused:

@@ -60,10 +60,8 @@ def flush(state: State, leading: Leading) -> None:
         eager = state.config.eager_commit or leading.resigning or peer in leading.leaving
         if progress.sent_round < leading.read_round or _has_news(state, progress, eager=eager):
             send_empty(state, leading, peer, progress)
-    if leading.leaving and state.members.index <= state.commit_index:
-        for peer in leading.leaving:
-            leading.peers.pop(peer, None)
-        leading.leaving.clear()
+    if leading.leaving:
+        changes.see_off(state, leading)
     if leading.resigning:
         roles.abdicate(state, Event.LEAVE, "removed from the configuration")
 

@@ -55,7 +55,8 @@ class Leading:
         self.transfer_target: int | None = None
         self.transfer_deadline = 0
         self.uncommitted_bytes = 0
-        self.leaving: set[int] = set()  # removed, but not yet told that the removal is committed
+        # Removed, but not told yet that the removal is committed: until when to try.
+        self.leaving: dict[int, int] = {}
         self.resigning = False  # this node's own removal is committed
 
 
