@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from secure_store import logs, server
+from secure_store import logs
 from secure_store.config import ConfigError, https_url, valid_name
 from secure_store.core.audit import Code, Head, verify
 from secure_store.storage.anchors import AnchorError, Pin, check_heads, read_anchors
@@ -58,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """`main.py`: a command if the first word is one, else a node. Returns the exit code."""
     if not argv or argv[0].startswith("-"):
+        from secure_store import server  # a command need not wait for the web stack's import
+
         return server.main(argv)
     try:
         return run(argv)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from secure_store.api.events import EventHub
 from secure_store.api.keys import Listing, PromotionRefused, VersionInfo
 from secure_store.api.watch import WatchHub
-from secure_store.config import Config
+from secure_store.config import Config, ConfigError, valid_name
 from secure_store.core import plan
 from secure_store.core.audit import Head
 from secure_store.core.changes import (
@@ -251,8 +251,14 @@ class Node:
 
     def on_head(self, message: AuditHead) -> None:
         """The other node's chain: keep the newest head, as fast as the disk takes them."""
-        if message.head.node == self._config.node_id:
-            log.error("the other node has this node's --id %r", self._config.node_id)
+        name = message.head.node
+        try:
+            valid_name(name, "the other node's name")  # it names a file
+        except ConfigError as e:
+            log.error("%s", e)
+            return
+        if name == self._config.node_id:
+            log.error("the other node has this node's --id %r", name)
             return
         self._head_waiting = message
         if self._keeping is None or self._keeping.done():
@@ -263,13 +269,13 @@ class Node:
             self._head_waiting = None
             try:
                 await asyncio.to_thread(self._keep_head, message)
-            except (AnchorError, OSError) as e:
+            except (AnchorError, OSError, ValueError) as e:
                 log.error("the other node's audit head was not kept: %s", e)
                 return
             await asyncio.sleep(0.1)
 
     def _keep_head(self, message: AuditHead) -> None:
-        if self._anchors is None:
+        if self._anchors is None or self._anchors.peer_id != message.head.node:
             self._anchors = Anchors(
                 self._config.data_dir / "audit",
                 message.head.node,
@@ -392,13 +398,16 @@ class Node:
         if self.engine.writer is not None:
             self._metrics.commits = self.engine.writer.commits
 
-    async def stop(self) -> None:
-        """Hand over, write down, let go."""
+    async def hand_over(self) -> None:
+        """Take no more writes; seal for an in-step replica."""
         try:
-            async with asyncio.timeout(2.0):
+            async with asyncio.timeout(1.5):
                 await self.engine.leave()
         except TimeoutError:
             log.warning("the replica did not take the seal in time")
+
+    async def stop(self) -> None:
+        """Write down what is left, let go."""
         await self.engine.stop()
         if self._keeping is not None:
             self._keeping.cancel()

@@ -181,7 +181,7 @@ async def serve(
     )
     links = Links(tls, on_up=engine.on_up, on_down=engine.on_down, on_frame=engine.on_frame)
     app = application.build(
-        node, config, metrics, events, watches, [web.get(PEER_PATH, links.accept)]
+        node, config, metrics, events, watches, [web.get(PEER_PATH, links.accept)], links.hang_up
     )
     # handler_cancellation: a handler whose client hung up is cancelled.
     runner = web.AppRunner(
@@ -201,8 +201,9 @@ async def serve(
         log.info("stopping")
         listener.close()
         async with asyncio.timeout(STOP_WITHIN_S):
+            await node.hand_over()
+            await runner.cleanup()  # open requests get their answers, and their audit lines
             await node.stop()
-            await runner.cleanup()
     except TimeoutError:
         log.warning("stopped without waiting any longer for open requests")
     finally:

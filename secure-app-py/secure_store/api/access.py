@@ -132,3 +132,21 @@ async def audit(request: web.Request, action: str, status: int, *, is_write: boo
         raise ApiError(
             503, "Audit log unavailable", headers={"Retry-After": "1"}, **definite
         ) from e
+
+
+def note_hang_up(request: web.Request, action: str) -> None:
+    """The line of a request whose client went away before its answer (status 499, as nginx's)."""
+    if AUDITED in request:
+        return
+    request[AUDITED] = True
+    service = request.app[SERVICE]
+    principal = request.get(PRINCIPAL)
+    service.audit.note(
+        action,
+        addr=request.remote or "",
+        outcome="unknown",
+        request_id=request[REQUEST_ID],
+        status=499,
+        who=principal.name if principal is not None else "",
+        key=service.audit_key(request.get(AUDITED_KEY, "")),
+    )

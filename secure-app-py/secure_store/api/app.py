@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -39,8 +40,10 @@ def build(
     events: EventHub,
     watches: WatchHub,
     peer_routes: Sequence[web.RouteDef],
+    hang_up: Callable[[], None],
 ) -> web.Application:
-    """Make the application; `peer_routes` are the transport's, which `server` passes in."""
+    """Make the application; `peer_routes` are the transport's, which `server` passes in, and
+    `hang_up` ends them at shutdown."""
     guards = Guards("https", config.addr.host, config.addr.port)
     table = {(r.method, r.path): r for r in ROUTES}
     app = web.Application(
@@ -59,6 +62,7 @@ def build(
     async def end_streams(_: web.Application) -> None:
         events.close()
         watches.close()
+        hang_up()
 
     app.on_shutdown.append(end_streams)
     return app
@@ -78,20 +82,20 @@ def middleware(guards: Guards, table: dict[tuple[str, str], Route]) -> Middlewar
         metrics.requests += 1
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else ""
-        route = table.get((request.method, path)) or table.get(("GET", path))
-        if request.method == "HEAD" and route is not None and route.method != "GET":
-            route = None
+        route = table.get((request.method, path))
         try:
             response = await _respond(request, handler, route, guards)
-        except Exception as e:
-            if isinstance(e, ConnectionError):
-                raise  # the client hung up: there is nobody to answer
+        except (asyncio.CancelledError, ConnectionError):
+            # The client hung up: there is nobody to answer, but what it had begun goes on.
+            access.note_hang_up(request, _action(route, path))
+            raise
+        except Exception as e:  # noqa: BLE001 - every exception becomes an answer; see to_response
             response = errors.to_response(request, api_error(e, app[SERVICE]))
         if route is None or not route.is_probe:
             try:
-                action = route.handler.__name__ if route is not None else path.strip("/")
                 is_write = route is not None and route.is_write
-                await access.audit(request, action or "unknown", response.status, is_write=is_write)
+                action = _action(route, path)
+                await access.audit(request, action, response.status, is_write=is_write)
             except errors.ApiError as e:
                 response = errors.to_response(request, e)
         if response.status >= 400:
@@ -104,6 +108,13 @@ def middleware(guards: Guards, table: dict[tuple[str, str], Route]) -> Middlewar
         return response
 
     return answer
+
+
+def _action(route: Route | None, path: str) -> str:
+    """What a request is called in the audit log."""
+    if route is not None:
+        return route.handler.__name__
+    return path.strip("/") or "unknown"
 
 
 async def _respond(

@@ -46,6 +46,7 @@ class Anchors:
     """The file of one peer's heads. Appending is quick but syncs: call it from a worker thread."""
 
     def __init__(self, directory: Path, peer_id: str, public_key: bytes) -> None:
+        self.peer_id = peer_id
         self.path = directory / f"anchors-{peer_id}.jsonl"
         self.public_key = public_key
         if self.path.exists():

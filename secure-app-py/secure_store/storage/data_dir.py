@@ -39,7 +39,7 @@ class DataDir:
                 raise ConfigError(
                     f"{path} belongs to {_describe(stored)}, not to {_describe(identity)}"
                 )
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock_file = (path / "lock").open("ab")
             try:
                 _lock(lock_file)

@@ -244,6 +244,12 @@ class Links:
                 return
             self._on_frame(link.number, messages)
 
+    def hang_up(self) -> None:
+        """Close every link once what is queued on it has been written."""
+        self.dial(None)
+        for link in self._links.values():
+            link.close()
+
     async def stop(self) -> None:
         """Write what is queued (0.2 s at most), then close everything."""
         waiting = [asyncio.ensure_future(link.drained()) for link in self._links.values()]

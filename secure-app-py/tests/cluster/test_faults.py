@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from testkit.cluster import Reply
+from testkit.cluster import CAN_LIMIT, Reply, limit_file_size
 
 pytestmark = pytest.mark.cluster
 
@@ -239,6 +239,31 @@ async def test_audit_verify_names_what_was_done_to_the_log(tmp_path: Path) -> No
         path.write_bytes(b"".join(content))
         words = ("audit", "verify", "--id", "nodeA", "--anchors", anchors)
         assert kit.command(tmp_path, *words).returncode == code
+
+
+@pytest.mark.skipif(not CAN_LIMIT, reason="needs RLIMIT_FSIZE of another process (Linux)")
+async def test_requests_are_refused_while_the_audit_log_cannot_be_written(tmp_path: Path) -> None:
+    async with kit.pair(tmp_path) as cluster, cluster.client(0) as admin:
+        audit = tmp_path / "data" / "nodeA" / "audit" / "audit.log"
+        filler = "x" * 250
+        for _ in range(1_500):
+            await kit.get(admin, f"/get?key={filler}")
+        size = audit.stat().st_size
+        assert size > 500_000, "the audit log must be the longest file"
+        limit_file_size(cluster.nodes[0].pid, size + 2_000)
+        began = time.monotonic()
+        while (reply := await kit.get(admin, f"/get?key={filler}")).status == 404:
+            assert time.monotonic() - began < 10
+        assert (reply.status, reply.json["error"]) == (503, "Audit log unavailable")
+        refused = await kit.set_value(admin, "k", 1)
+        assert (refused.status, refused.json["error"]) == (503, "Audit log unavailable")
+        ready = await kit.get(admin, "/readyz")
+        assert ready.status == 503
+        limit_file_size(cluster.nodes[0].pid, None)
+        await cluster.ready(0)
+        assert (await kit.set_value(admin, "k", 1)).status == 200
+        assert await cluster.terminate_all() == [0, 0]
+        assert kit.command(tmp_path, "audit", "verify", "--id", "nodeA").returncode == 0
 
 
 def test_a_mistake_in_a_command_is_exit_code_2_and_one_line(tmp_path: Path) -> None:

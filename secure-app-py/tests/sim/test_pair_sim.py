@@ -13,7 +13,7 @@ pytestmark = pytest.mark.sim
 
 
 def test_in_available_mode_nothing_acknowledged_is_lost() -> None:
-    coverage = many(scenarios("secure")["available"], seeds(40))
+    coverage = many(scenarios("secure")["available"], seeds(30))
     for what in ("ack", "degraded_ack", "went_alone", "in_step", "took_over", "sent_snapshot"):
         coverage.require(what)
     for what in ("fault_crash", "fault_power_cut", "fault_pause", "fault_partition"):
@@ -21,24 +21,24 @@ def test_in_available_mode_nothing_acknowledged_is_lost() -> None:
 
 
 def test_in_strict_mode_nothing_is_acknowledged_alone() -> None:
-    coverage = many(scenarios("secure")["strict"], seeds(40))
+    coverage = many(scenarios("secure")["strict"], seeds(30))
     for what in ("ack", "write_rejected", "write_unknown", "took_over"):
         coverage.require(what)
 
 
 def test_an_unforced_promotion_neither_loses_nor_splits() -> None:
-    coverage = many(scenarios("secure")["promoting"], seeds(40))
+    coverage = many(scenarios("secure")["promoting"], seeds(30))
     for what in ("promoted", "promotion_refused", "demoted", "turned_away"):
         coverage.require(what)
 
 
 def test_a_strict_pair_survives_promotion_while_the_primary_is_away() -> None:
-    coverage = many(scenarios("secure")["strict_promoting"], seeds(40))
+    coverage = many(scenarios("secure")["strict_promoting"], seeds(30))
     for what in ("promoted", "demoted", "quarantined"):
         coverage.require(what)
 
 
 def test_a_forced_promotion_sets_aside_what_it_cannot_keep() -> None:
-    coverage = many(scenarios("secure")["forced"], seeds(40))
+    coverage = many(scenarios("secure")["forced"], seeds(30))
     for what in ("promoted", "demoted", "quarantined", "quarantined_ack"):
         coverage.require(what)
