@@ -218,19 +218,17 @@ class Node:
             mail = self._desk.take_mail()
             if mail and not self._propose_batch(mail, cluster_ms):
                 return
-        if self._stamp_due_ms() is not None and not self._desk.batches_under_way:
-            due = self._stamp_due_ms()
-            if due is not None and cluster_ms >= due:
-                self._propose_batch([], cluster_ms)
+        due = self._stamp_due_ms()
+        if due is not None and cluster_ms >= due:
+            self._propose_batch([], cluster_ms)
 
     def _stamp_due_ms(self) -> int | None:
-        """When the log needs the time though nobody asks for anything; None: never."""
+        """When the log needs the time though nobody asks for anything; None: it does not, or a
+        batch that is on its way brings it."""
         due = self._machine.next_due_ms()
-        return (
-            None
-            if due is None
-            else max(min(due, self._logged_ms + STAMP_EVERY_MS), self._machine.now_ms + 1)
-        )
+        if due is None or self._desk.batches_under_way or self._core.transferring:
+            return None
+        return max(min(due, self._logged_ms + STAMP_EVERY_MS), self._machine.now_ms + 1)
 
     def _propose_batch(self, mail: list[Pending], cluster_ms: int) -> bool:
         commands = [pending.command for pending in mail]
