@@ -37,11 +37,14 @@ Receipt = Annotated[str, Meta(pattern=r"^[0-9]{1,16}\.[0-9]{1,10}\Z")]
 MessageId = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
+Headers = dict[str, str | int | float | bool | None]
+
+
 class MessageBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One message in `messages`."""
 
     body: msgspec.Raw
-    headers: dict[str, str] | None = None
+    headers: Headers | None = None
     delay_ms: Delay = 0
     priority: Priority = 0
     ttl_ms: Lifetime | None = None
@@ -54,7 +57,7 @@ class ProduceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     queue: Name
     body: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    headers: dict[str, str] | None = None
+    headers: Headers | None = None
     delay_ms: Delay = 0
     priority: Priority = 0
     ttl_ms: Lifetime | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -15,6 +15,18 @@ from message_queue.core.delivery.model import Ended, Entry, Receipt, Settings, V
 from message_queue.core.delivery.partition import PartitionDelivery
 
 QUEUES = ["a", "b"]
+
+
+MESSAGES = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # priority
+        st.sampled_from(["g", None, "h"]),  # group
+        st.sampled_from([0, 0, 5, 20]),  # delay
+        st.sampled_from([0, 0, 30]),  # ttl
+    ),
+    min_size=1,
+    max_size=5,
+)
 
 
 @dataclass
@@ -89,35 +101,30 @@ class DeliveryMachine(RuleBasedStateMachine):
     def pick(self, draw: st.DataObject) -> Naive:
         return draw.draw(st.sampled_from(self.model.messages))
 
-    @rule(
-        queue=st.sampled_from(QUEUES),
-        priority=st.integers(0, 3),
-        group=st.sampled_from([None, None, "g", "h"]),
-        delay=st.sampled_from([0, 0, 5, 20]),
-        ttl=st.sampled_from([0, 0, 30]),
-    )
-    def put(self, queue: str, priority: int, group: str | None, delay: int, ttl: int) -> None:
-        dot, self.next_dot = self.next_dot, self.next_dot + 1
-        ready_at = self.now + delay if delay else 0
-        expires = self.now + ttl if ttl else 0
-        self.sut.put(
-            Entry(
-                dot=dot,
-                queue=queue,
-                body=b"1",
-                body_bytes=1,
-                enqueued_ms=self.now,
-                group=group,
-                priority=priority,
-                ready_at_ms=ready_at,
-                expires_ms=expires,
-            ),
-            self.now,
-        )
-        where = "delayed" if delay else "ready"
-        self.model.messages.append(
-            Naive(dot, queue, priority, group, ready_at, expires, where, ready_at)
-        )
+    @rule(queue=st.sampled_from(QUEUES), messages=MESSAGES)
+    def put(self, queue: str, messages: list[tuple[int, str | None, int, int]]) -> None:
+        for priority, group, delay, ttl in messages:
+            dot, self.next_dot = self.next_dot, self.next_dot + 1
+            ready_at = self.now + delay if delay else 0
+            expires = self.now + ttl if ttl else 0
+            self.sut.put(
+                Entry(
+                    dot=dot,
+                    queue=queue,
+                    body=b"1",
+                    body_bytes=1,
+                    enqueued_ms=self.now,
+                    group=group,
+                    priority=priority,
+                    ready_at_ms=ready_at,
+                    expires_ms=expires,
+                ),
+                self.now,
+            )
+            where = "delayed" if delay else "ready"
+            self.model.messages.append(
+                Naive(dot, queue, priority, group, ready_at, expires, where, ready_at)
+            )
 
     @rule(
         queue=st.sampled_from(QUEUES), most=st.integers(1, 3), visibility=st.sampled_from([5, 20])
@@ -244,5 +251,7 @@ TestDelivery.settings = settings(
     max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "80")),
     stateful_step_count=40,
     deadline=None,
+    # Shrinking takes minutes, and a planted bug (teeth.toml) needs no small example.
+    phases=[p for p in Phase if p is not Phase.shrink or "NO_SHRINK" not in os.environ],
     suppress_health_check=list(HealthCheck),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from message_queue.core.delivery.leases import encode_leases
-from message_queue.core.delivery.model import Entry, Receipt
+from message_queue.core.delivery.model import Entry, Receipt, dead_letter_queue
 from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner, spans_of
 from message_queue.core.ids import message_id, pack_dot, parse_id
 from message_queue.core.operations import (
@@ -388,6 +388,7 @@ def test_an_exhausted_message_waits_for_its_burial() -> None:
     [entry] = bench.take("q", visibility_ms=10)
     bench.pass_ms(20)
     assert bench.owner.dead_letters == [entry]
+    bench.store()
     assert len(bench.held) == 1, "not removed before it is stored elsewhere"
     bench.owner.remove([entry.dot])
     bench.store()
@@ -453,3 +454,12 @@ def test_attempts_that_were_passed_on_count_at_the_successor() -> None:
     leases = bench.owner.leases()
     assert leases is not None
     assert [e.dot for e in bench.successor(leases).owner.dead_letters] == [first.dot]
+
+
+def test_a_dead_letter_queue_always_has_a_name_that_clients_can_ask_for() -> None:
+    assert dead_letter_queue("jobs") == "jobs.dead"
+    for queue in ("q" * 256, "é" * 128, "q" * 255 + "é"):
+        name = dead_letter_queue(queue)
+        assert len(name.encode()) <= 256
+        assert name.endswith(".dead")
+        assert name != dead_letter_queue("x" + queue[1:])
