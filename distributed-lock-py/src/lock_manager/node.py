@@ -373,7 +373,7 @@ class Node:
 
     # ------------------------------------------------------------------------- what the api asks
 
-    async def execute(self, command: Command) -> Reply:
+    def begin(self, command: Command, future: asyncio.Future[Reply]) -> Pending:
         if self._stopping or not self._leads:
             raise self.operators.elsewhere()
         if isinstance(command, ForceRelease):
@@ -383,22 +383,32 @@ class Node:
                 command.client_id or "*",
                 command.reason,
             )
-        future: asyncio.Future[Reply] = self._loop.create_future()
         pending = self._desk.submit(command, future)
         self._wake()
+        return pending
+
+    def abandon(self, pending: Pending) -> None:
+        for command_to_follow in self._desk.abandon(pending):
+            self._desk.submit(command_to_follow, None)
+        self._wake()
+
+    async def execute(self, command: Command) -> Reply:
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        pending = self.begin(command, future)
         try:
             return await future
         except asyncio.CancelledError:
-            for command_to_follow in self._desk.abandon(pending):
-                self._desk.submit(command_to_follow, None)
-            self._wake()
+            self.abandon(pending)
             raise
 
-    async def confirm_leadership(self) -> None:
+    def confirmation(self) -> asyncio.Future[None]:
         if not self._leads:
             raise self.operators.elsewhere()
         self._wake()
-        await self._reads.confirmed(self._loop)
+        return self._reads.confirmation(self._loop)
+
+    async def confirm_leadership(self) -> None:
+        await self.confirmation()
 
     def lock(self, lock_name: str) -> views.LockView:
         return views.lock(self._machine, lock_name, self._cluster_ms())

@@ -21,6 +21,7 @@ from lock_manager import logs
 from lock_manager.api import app as application
 from lock_manager.api import connection
 from lock_manager.api.events import EventHub
+from lock_manager.api.express import Express
 from lock_manager.config import Address, Config, ConfigError
 from lock_manager.metrics import Metrics
 from lock_manager.node import Node
@@ -80,8 +81,9 @@ async def serve(config: Config, store: Store, raft: socket.socket, http: socket.
     code = 0
     try:
         app = application.build(node, config, metrics, events)
-        for made, listening in ((peers, raft), (app, http)):
-            runner, listener = await listen(made, listening, config)
+        express = Express(node, metrics, config.max_body_bytes)
+        for made, listening, short_way in ((peers, raft, None), (app, http, express)):
+            runner, listener = await listen(made, listening, config, short_way)
             runners.append(runner)
             listeners.append(listener)
         node.start(links)
@@ -113,7 +115,7 @@ async def serve(config: Config, store: Store, raft: socket.socket, http: socket.
 
 
 async def listen(
-    app: web.Application, listening: socket.socket, config: Config
+    app: web.Application, listening: socket.socket, config: Config, express: Express | None
 ) -> tuple[web.AppRunner, asyncio.Server]:
     """Serve `app` on a bound socket."""
     # handler_cancellation: a handler whose client hung up is cancelled.
@@ -123,7 +125,7 @@ async def listen(
     await runner.setup()
     ssl_context = tls.server_context(config.tls) if config.tls else None
     listener = await asyncio.get_running_loop().create_server(
-        connection.factory(runner), sock=listening, ssl=ssl_context, backlog=1024
+        connection.factory(runner, express), sock=listening, ssl=ssl_context, backlog=1024
     )
     return runner, listener
 

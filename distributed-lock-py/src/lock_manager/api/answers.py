@@ -30,19 +30,22 @@ from lock_manager.core.locks.replies import (
 
 def respond(reply: Reply) -> web.Response:
     """The response for a reply; raises ApiError for what is not a success."""
+    return json_response(body_of(reply))
+
+
+def body_of(reply: Reply) -> dict[str, object]:
+    """The body of a 200, before it is encoded; raises ApiError for what is not a success."""
     match reply:
         case Acquired():
-            return json_response(_acquired(reply))
+            return _acquired(reply)
         case Released(lock_name, client_id):
-            return json_response(
-                {"status": "released", "lock_name": lock_name, "client_id": client_id}
-            )
+            return {"status": "released", "lock_name": lock_name, "client_id": client_id}
         case ReleasedMany(count):
-            return json_response({"status": "released", "count": count})
+            return {"status": "released", "count": count}
         case Renewed(locks, lost):
             if lost:
                 raise ApiError(409, "Lease lost", status="lost", lost=lost, locks=locks)
-            return json_response({"status": "renewed", "locks": locks})
+            return {"status": "renewed", "locks": locks}
         case Held(lock_name, holders):
             raise ApiError(409, "Lock is held", status="held", lock_name=lock_name, holders=holders)
         case TimedOut(lock_name):
@@ -73,7 +76,7 @@ def respond(reply: Reply) -> web.Response:
         case TooManyRequests():
             raise ApiError(503, "Too many request ids to remember", headers={"Retry-After": "10"})
         case Done():
-            return json_response({"status": "done"})
+            return {"status": "done"}
         case _:
             assert_never(reply)
 

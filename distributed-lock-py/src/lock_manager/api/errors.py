@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from http import HTTPStatus
 from itertools import count
 
@@ -67,9 +67,7 @@ def json_response(
 def middleware(check: Callable[[web.Request], None]) -> Middleware:
     """The outermost layer: request id, `check` (the guards), errors to JSON, counting."""
 
-    # Unique, not secret: random bytes for each request would cost more than its decoding.
-    prefix = secrets.token_hex(6)
-    made_up = (f"{prefix}-{number:x}" for number in count(1))
+    made_up = request_ids()
 
     @web.middleware
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -84,7 +82,7 @@ def middleware(check: Callable[[web.Request], None]) -> Middleware:
         except ApiError as e:
             response = _error_response(request, e)
         except NotLeader as e:
-            response = _error_response(request, _redirection(request, e))
+            response = _error_response(request, redirection(request.raw_path, e))
         except web.HTTPException as e:
             response = _from_aiohttp(request, e)
         except web.RequestPayloadError:  # broken chunks, or not the gzip that it claims to be
@@ -107,13 +105,21 @@ def middleware(check: Callable[[web.Request], None]) -> Middleware:
     return answer
 
 
-def _redirection(request: web.Request, e: NotLeader) -> ApiError:
+def request_ids() -> Iterator[str]:
+    """Ids for requests that bring none. Unique, not secret: random bytes for each request would
+    cost more than its decoding."""
+    prefix = secrets.token_hex(6)
+    return (f"{prefix}-{number:x}" for number in count(1))
+
+
+def redirection(raw_path: str, e: NotLeader) -> ApiError:
+    """What a request for `raw_path` is told."""
     if e.leader is None:
         return ApiError(503, "No leader", headers={"Retry-After": "1"})
     return ApiError(
         307,
         "Not the leader",
-        headers={"Location": e.leader + request.raw_path},
+        headers={"Location": e.leader + raw_path},
         leader_id=e.leader_id,
         leader=e.leader,
     )
@@ -129,7 +135,7 @@ def _from_aiohttp(request: web.Request, e: web.HTTPException) -> web.StreamRespo
 
 def _error_response(request: web.Request, e: ApiError) -> web.Response:
     if "application/problem+json" in request.headers.get("Accept", ""):
-        # The RFC has other uses for two of our names: its status is the number, its detail the error.
+        # The RFC uses two of our names itself: its status is the number, its detail the error.
         renamed = {"status": "code", "detail": "hint"}
         details = {renamed.get(name, name): value for name, value in e.details.items()}
         problem = {

@@ -5,6 +5,7 @@ The api never imports the node: it sees `Service`, the few things a handler may 
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
@@ -18,6 +19,7 @@ from lock_manager.metrics import Metrics
 
 if TYPE_CHECKING:
     from lock_manager.api.operators import Operators
+    from lock_manager.api.pending import Pending
 
 
 class Service(Protocol):
@@ -32,12 +34,22 @@ class Service(Protocol):
     def not_ready_because(self) -> str | None:
         """None when the node can serve, else the reason."""
 
+    def begin(self, command: Command, future: asyncio.Future[Reply]) -> Pending:
+        """As execute, without waiting: `future` gets the reply or the error. Raises NotLeader or
+        ApiError 503 itself if nothing was begun."""
+
+    def abandon(self, pending: Pending) -> None:
+        """Its client hung up: nobody listens any more, and the cluster is told so."""
+
     async def execute(self, command: Command) -> Reply:
         """Have it committed and applied; for an acquire that must wait, as long as it waits.
 
         Raises NotLeader, or ApiError 503 (`definite` tells whether it can still take effect). If
         the caller is cancelled, nobody listens any more, and the cluster is told so.
         """
+
+    def confirmation(self) -> asyncio.Future[None]:
+        """As confirm_leadership, without waiting. Raises NotLeader itself."""
 
     async def confirm_leadership(self) -> None:
         """Return when the views below are as new as any write answered before this call. Raises

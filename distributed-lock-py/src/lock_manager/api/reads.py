@@ -13,11 +13,11 @@ class Reads:
         self._confirmed: list[tuple[int, int]] = []  # (log index to be applied first, read id)
         self._last_id = 0
 
-    async def confirmed(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait for the confirmation of a read that arrives now."""
+    def confirmation(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """Done when a read that arrives now is confirmed."""
         future: asyncio.Future[None] = loop.create_future()
         self._new.append(future)
-        await future
+        return future
 
     def ask(self, read_index: Callable[[int], None]) -> None:
         """Ask the core once for everything that arrived."""

@@ -24,12 +24,13 @@ from lock_manager.api.schemas import (
     ValidateQuery,
     acquire_command,
     check_name,
+    keepalive_command,
     read_json,
     read_query,
     release_command,
 )
 from lock_manager.config import Address, ConfigError, valid_name
-from lock_manager.core.locks.commands import ForceRelease, Keepalive, ReleaseAll
+from lock_manager.core.locks.commands import ForceRelease, ReleaseAll
 
 _acquire = msgspec.json.Decoder(AcquireBody)
 _release = msgspec.json.Decoder(ReleaseBody)
@@ -60,8 +61,7 @@ async def release_all(request: web.Request) -> web.Response:
 
 async def keepalive(request: web.Request) -> web.Response:
     body = await read_json(request, _keepalive)
-    command = Keepalive(check_name(body.client_id, "client_id"), body.ttl_ms or 0)
-    return respond(await request.app[SERVICE].execute(command))
+    return respond(await request.app[SERVICE].execute(keepalive_command(body)))
 
 
 # --- reads ----------------------------------------------------------------------------------------

@@ -10,12 +10,20 @@ from aiohttp import web
 from msgspec import Meta
 
 from lock_manager.api.errors import ApiError
-from lock_manager.core.locks.commands import Acquire, Ask, LockType, Release, fingerprint
+from lock_manager.core.locks.commands import (
+    Acquire,
+    Ask,
+    Keepalive,
+    LockType,
+    Release,
+    fingerprint,
+)
 
 MAX_JSON_DEPTH = 64
 MAX_LOCKS = 64  # in one request
+MAX_NAME_BYTES = 256
 MAX_WAIT_MS = 86_400_000
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES)]
 Permits = Annotated[int, Meta(ge=1, le=1 << 31)]
 Token = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Ttl = Annotated[int, Meta(ge=1, le=1 << 40)]
@@ -168,12 +176,20 @@ def release_command(body: ReleaseBody) -> Release:
     return msgspec.structs.replace(command, fingerprint=fingerprint(command))
 
 
+def keepalive_command(body: KeepaliveBody) -> Keepalive:
+    return Keepalive(check_name(body.client_id, "client_id"), body.ttl_ms or 0)
+
+
 async def read_json(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
     """The body as the decoder's type, whatever the Content-Type says.
 
     Raises ApiError 400, or aiohttp's 413.
     """
-    body = await request.read()
+    return decode_json(await request.read(), decoder)
+
+
+def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """Raises ApiError 400."""
     try:
         value = decoder.decode(body)
         if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH or _LONG_NUMBER.search(body):
@@ -221,7 +237,7 @@ def bad_field(e: msgspec.ValidationError) -> ApiError:
 
 def check_name(value: str, field: str) -> str:
     """Names are at most 256 *bytes* (msgspec counts characters) and hold no NUL."""
-    if len(value) > 64 and len(value.encode()) > 256:
+    if len(value) > 64 and len(value.encode()) > MAX_NAME_BYTES:
         raise ApiError(400, "Invalid field", field=field, detail="Expected at most 256 bytes")
     if "\x00" in value:
         raise ApiError(400, "Invalid field", field=field, detail="Expected no NUL")
