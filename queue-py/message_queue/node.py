@@ -82,6 +82,7 @@ class Node:
         self._links: Links[AnyMessage]
         self._flushing: list[Host] = []
         self._timed: set[Host] = set()
+        self._time_matters = asyncio.Event()
         """Hosts in which something waits for a moment: an idle node looks at none."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving = Serving(self.send, self.router.here)
@@ -231,7 +232,7 @@ class Node:
             log.error("partition %d: unreadable %s", partition, sentence)
         host = Host(owner, self.store, self, self.metrics)
         self.hosts[partition] = host
-        self._timed.add(host)
+        self.time_matters(host)
         host.after()
         self._wake()
 
@@ -297,6 +298,7 @@ class Node:
     def time_matters(self, host: Host) -> None:
         """Something waits for a moment there: tick it."""
         self._timed.add(host)
+        self._time_matters.set()
 
     def _flush(self) -> None:
         hosts, self._flushing = self._flushing, []
@@ -402,7 +404,12 @@ class Node:
                 if host.ended or not host.tick(loop_s, cluster_ms):
                     self._timed.discard(host)
             self._serving.tick(loop_s)
-            await asyncio.sleep(TICK_S)
+            if self._timed:
+                await asyncio.sleep(TICK_S)
+                continue
+            self._time_matters.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._time_matters.wait(), CORE_TICK_MS / 1000)
 
     def _pass_leases_on(self, now_ms: int) -> None:
         for partition, host in self.hosts.items():

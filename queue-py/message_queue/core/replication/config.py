@@ -16,14 +16,14 @@ class ReplicationConfig(Struct, frozen=True):
     fresh: bool = False  # the store was empty at this start: a new node, or one that lost its disk
     seed: int = 0  # chance: jitter of elections, origins
     wall_ms: int = 0  # the wall clock at start: where cluster time begins in a new cluster
-    heartbeat_ms: int = 150
+    heartbeat_ms: int = 200
     lease_ms: int = 600  # a replica that renewed an owner promises nobody else for this long
     patience_ms: int = 900  # a silent owner without a broken connection is replaced after this
     timeout_ms: int = 300  # an unanswered claim, seal, pull or record is sent again after this
     prefer_ms: int = 1_500  # a better owner must be back for this long before it is given its own
     # a new cluster forms at once if all nodes are there, after this long with a majority
     genesis_ms: int = 3_000
-    window_bytes: int = 4 << 20  # per partition, kept for replicas that missed something
+    window_bytes: int = 1 << 20  # per partition, kept for replicas that missed something
     copy_bytes: int = 1 << 20  # one message of copies at most
 
     @property
