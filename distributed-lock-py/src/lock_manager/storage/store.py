@@ -12,8 +12,11 @@ import secrets
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
 
 from lock_manager.core.peer_book import PeerIdentity
 from lock_manager.core.raft import Persist
@@ -50,6 +53,7 @@ class Store:
         self._connection = connection
         self._high_water = high_water
         self._wal_room = CHECKPOINT_AFTER_BYTES  # until the next checkpoint
+        self._saving: _Saving | None = None  # belongs to the writer thread
         self._waiting: deque[Persist | PeerIdentity] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -150,11 +154,11 @@ class Store:
     ) -> None:
         while True:
             with self._wake:
-                while not self._waiting and not self._stopping:
+                while not (self._waiting or self._stopping or self._saving):
                     self._wake.wait()
                 batch = list(self._waiting)
                 self._waiting.clear()
-            if not batch:
+            if not batch and self._saving is None:
                 self._connection.close()
                 self._high_water.close()
                 return
@@ -175,19 +179,47 @@ class Store:
             if isinstance(item, PeerIdentity):
                 tables.bind_peer(connection, item)
             else:
-                tables.apply(connection, self._extent, item)
+                tables.apply(connection, self._extent, self._without_own_snapshot(item))
                 seq = item.seq
+        self._save_a_step()
         self._extent.save(connection)
         connection.execute("COMMIT")
         self._high_water.reached(self._extent.commits)
         return seq
+
+    def _without_own_snapshot(self, write: Persist) -> Persist:
+        """A snapshot whose log is on this disk may reach it a little later, in small steps, so that
+        nobody waits for it. One that a leader sent in place of the log goes in at once."""
+        if write.snapshot is None:
+            return write
+        self._saving = None  # an older one that is not complete yet is superseded
+        if write.truncate_from is not None or write.snapshot.index > self._extent.last_index:
+            return write
+        steps = tables.snapshot_steps(self._connection, write.snapshot)
+        self._saving = _Saving(steps, write.compact_to)
+        return msgspec.structs.replace(write, snapshot=None, compact_to=None)
+
+    def _save_a_step(self) -> None:
+        """One step of the snapshot that is being saved; behind the last one its log is deleted."""
+        if self._saving is None:
+            return
+        self._wal_room -= tables.SNAPSHOT_CHUNK_BYTES
+        if next(self._saving.steps, _DONE) is _DONE:
+            if self._saving.compact_to is not None:
+                tables.compact(self._connection, self._extent, self._saving.compact_to)
+            self._saving = None
 
     def _checkpoint_if_due(self, batch: list[Persist | PeerIdentity]) -> None:
         """Moves the WAL into the database once it is long; nobody waits for this but the next
         write. All nodes log the same, so chance keeps them from doing it together."""
         # At least a page of the log and the row of hard state are written anew each time.
         self._wal_room -= 3 * PAGE_BYTES
-        self._wal_room -= sum(_size(item) for item in batch if isinstance(item, Persist))
+        self._wal_room -= sum(
+            len(entry.payload)
+            for item in batch
+            if isinstance(item, Persist)
+            for entry in item.entries
+        )
         if self._wal_room < 0:
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
             self._wal_room = CHECKPOINT_AFTER_BYTES // 2
@@ -199,6 +231,16 @@ class Store:
         self.backlog_bytes -= sum(_size(item) for item in batch if isinstance(item, Persist))
         if seq:
             done(seq)
+
+
+_DONE = object()
+
+
+class _Saving(NamedTuple):
+    """A snapshot on its way to the disk, and what of the log goes when it is there."""
+
+    steps: Iterator[None]
+    compact_to: int | None
 
 
 def _size(write: Persist) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -44,8 +44,8 @@ CREATE TABLE snapshot (
     id INTEGER PRIMARY KEY CHECK (id = 0), log_index INTEGER NOT NULL, term INTEGER NOT NULL,
     configuration BLOB NOT NULL, chunks INTEGER NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE snapshot_chunks (
-    number INTEGER PRIMARY KEY, log_index INTEGER NOT NULL, data BLOB NOT NULL,
-    crc INTEGER NOT NULL);
+    log_index INTEGER NOT NULL, number INTEGER NOT NULL, data BLOB NOT NULL,
+    crc INTEGER NOT NULL, PRIMARY KEY (log_index, number));
 """
 
 
@@ -109,14 +109,13 @@ def apply(connection: sqlite3.Connection, extent: Extent, write: Persist) -> Non
     if write.hard_state is not None:
         extent.hard_state = write.hard_state
     if write.snapshot is not None:
-        _save_snapshot(connection, write.snapshot)
+        for _ in snapshot_steps(connection, write.snapshot):
+            pass
     if write.truncate_from is not None and write.truncate_from <= extent.last_index:
         connection.execute("DELETE FROM entries WHERE log_index >= ?", (write.truncate_from,))
         extent.last_index = write.truncate_from - 1
-    if write.compact_to is not None and write.compact_to >= extent.first_index:
-        connection.execute("DELETE FROM entries WHERE log_index <= ?", (write.compact_to,))
-        extent.first_index = write.compact_to + 1
-        extent.last_index = max(extent.last_index, write.compact_to)
+    if write.compact_to is not None:
+        compact(connection, extent, write.compact_to)
     if write.entries:
         if write.entries[0].index != extent.last_index + 1:
             raise ValueError(f"entry {write.entries[0].index} does not follow {extent.last_index}")
@@ -136,25 +135,42 @@ def apply(connection: sqlite3.Connection, extent: Extent, write: Persist) -> Non
         extent.last_index = write.entries[-1].index
 
 
-def _save_snapshot(connection: sqlite3.Connection, snapshot: Snapshot) -> None:
-    connection.execute("DELETE FROM snapshot_chunks")
+def compact(connection: sqlite3.Connection, extent: Extent, index: int) -> None:
+    """Deletes the entries up to `index`."""
+    if index >= extent.first_index:
+        connection.execute("DELETE FROM entries WHERE log_index <= ?", (index,))
+        extent.first_index = index + 1
+        extent.last_index = max(extent.last_index, index)
+
+
+def snapshot_steps(connection: sqlite3.Connection, snapshot: Snapshot) -> Iterator[None]:
+    """Replaces the stored snapshot in steps of about SNAPSHOT_CHUNK_BYTES, each inside whatever
+    transaction the caller has open. The old one counts until the step that brings the new row;
+    steps after it free what is left of the old. Given up in between, it leaves parts that nobody
+    reads."""
+    index = snapshot.index
+    connection.execute("DELETE FROM snapshot_chunks WHERE log_index = ?", (index,))
     view = memoryview(snapshot.data)
     starts = range(0, len(view), SNAPSHOT_CHUNK_BYTES)
     for number, start in enumerate(starts):
         data = bytes(view[start : start + SNAPSHOT_CHUNK_BYTES])
         connection.execute(
             "INSERT INTO snapshot_chunks VALUES (?, ?, ?, ?)",
-            (number, snapshot.index, data, checksum(number, snapshot.index, data)),
+            (index, number, data, checksum(index, number, data)),
         )
-    row = (
-        snapshot.index,
-        snapshot.term,
-        msgspec.msgpack.encode(snapshot.configuration),
-        len(starts),
-    )
+        yield
+    row = (index, snapshot.term, msgspec.msgpack.encode(snapshot.configuration), len(starts))
     connection.execute(
         "INSERT OR REPLACE INTO snapshot VALUES (0, ?, ?, ?, ?, ?)", (*row, checksum(*row))
     )
+    leftovers = connection.execute(
+        "SELECT log_index, number FROM snapshot_chunks WHERE log_index != ?", (index,)
+    ).fetchall()
+    for leftover in leftovers:
+        yield
+        connection.execute(
+            "DELETE FROM snapshot_chunks WHERE log_index = ? AND number = ?", leftover
+        )
 
 
 def bind_peer(connection: sqlite3.Connection, peer: PeerIdentity) -> None:
@@ -210,21 +226,19 @@ def _load_snapshot(connection: sqlite3.Connection) -> Snapshot:
     rows = connection.execute(
         "SELECT log_index, term, configuration, chunks, crc FROM snapshot"
     ).fetchall()
-    chunks = connection.execute(
-        "SELECT number, log_index, data, crc FROM snapshot_chunks ORDER BY number"
-    ).fetchall()
     if not rows:
-        if chunks:
-            raise CorruptStore("the snapshot's row is missing")
         return Snapshot()
     _check(rows[0], "the snapshot's row")
     index, term, raw_configuration, count, _ = rows[0]
-    if [chunk[0] for chunk in chunks] != list(range(count)):
+    chunks = connection.execute(
+        "SELECT log_index, number, data, crc FROM snapshot_chunks WHERE log_index = ?"
+        " ORDER BY number",
+        (index,),
+    ).fetchall()
+    if [chunk[1] for chunk in chunks] != list(range(count)):
         raise CorruptStore("a part of the snapshot is missing")
     for chunk in chunks:
-        _check(chunk, f"part {chunk[0]} of the snapshot")
-        if chunk[1] != index:
-            raise CorruptStore(f"part {chunk[0]} belongs to another snapshot")
+        _check(chunk, f"part {chunk[1]} of the snapshot")
     try:
         configuration = msgspec.msgpack.decode(raw_configuration, type=Configuration)
     except msgspec.DecodeError as error:

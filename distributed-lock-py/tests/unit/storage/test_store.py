@@ -116,6 +116,51 @@ async def test_all_that_waits_shares_one_transaction(tmp_path: Path) -> None:
     assert commits <= 3
 
 
+async def test_a_snapshot_reaches_the_disk_in_steps_that_nobody_waits_for(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "live", OWNER)
+    entries = tuple(entry(i, 1) for i in range(1, 21))
+    store._commit([Persist(seq=1, hard_state=HardState(1, 1), entries=entries)])
+    store._commit([Persist(seq=2, snapshot=Snapshot(5, 1, MEMBERS, b"old"), compact_to=5)])
+    while store._saving is not None:
+        store._commit([])
+    big = Snapshot(15, 1, MEMBERS, os.urandom(5 << 20))
+    seen = []
+    step = 0
+    store._commit([Persist(seq=3, snapshot=big, compact_to=15, entries=(entry(21, 1),))])
+    while store._saving is not None:
+        step += 1
+        # Others' writes go on meanwhile; whenever the power fails, the old or the new one is whole.
+        store._commit([Persist(seq=3 + step, entries=(entry(21 + step, 1),))])
+        shutil.copytree(tmp_path / "live", tmp_path / str(step))
+        cut = await asyncio.to_thread(Store.open, tmp_path / str(step), OWNER)
+        restored = cut.restored
+        await cut.close()
+        assert restored.snapshot in (Snapshot(5, 1, MEMBERS, b"old"), big)
+        first = restored.snapshot.index + 1
+        indices = [one.index for one in restored.entries if one.index >= first]
+        assert indices == list(range(first, 22 + step))
+        seen.append(restored.snapshot.index)
+    assert step >= 5
+    assert {5, 15} <= set(seen)
+    await store.close()
+
+
+async def test_a_newer_snapshot_supersedes_one_that_is_being_written(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, OWNER)
+    entries = tuple(entry(i, 1) for i in range(1, 21))
+    store._commit([Persist(seq=1, entries=entries)])
+    first = Snapshot(5, 1, MEMBERS, os.urandom(4 << 20))
+    second = Snapshot(12, 1, MEMBERS, os.urandom(3 << 20))
+    store._commit([Persist(seq=2, snapshot=first, compact_to=5)])
+    store._commit([])
+    await write(store, [Persist(seq=3, snapshot=second, compact_to=12)])
+    await store.close()
+    again = Store.open(tmp_path, OWNER)
+    assert again.restored.snapshot == second
+    assert [one.index for one in again.restored.entries] == list(range(13, 21))
+    await again.close()
+
+
 async def test_peers_are_remembered(tmp_path: Path) -> None:
     store = Store.open(tmp_path, OWNER)
     store.bind_peer(PeerIdentity(2, "node2", "abc"))
