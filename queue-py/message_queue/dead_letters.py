@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.model import Entry, Verdict
 from message_queue.core.ids import message_id
 from message_queue.core.operations import Answer, NewMessage, Produce, Redrive, refusal
@@ -49,7 +50,8 @@ async def bury(host: Host, entry: Entry) -> None:
     origin = Origin(
         source_id, entry.queue, "max_deliveries", entry.attempt, entry.priority, entry.group
     )
-    while not host.ended:
+    # A consumer that was too slow may still ack it: then it is no dead letter.
+    while not host.ended and entry.state is not State.GONE:
         target = host.owner.delivery.settings(entry.queue).dead_letter
         bodies = await host.bodies([entry])
         if bodies is not None and target is not None:
@@ -65,7 +67,7 @@ async def bury(host: Host, entry: Entry) -> None:
             log.warning("dead letter %s not stored yet: %d", source_id, answer.status)
         await asyncio.sleep(retry_s)
         retry_s = min(retry_s * 2, _RETRY_S[1])
-    if not host.ended:
+    if not host.ended and entry.state is not State.GONE:
         host.metrics.dead_lettered += 1
         host.owner.remove([entry.dot])
         host.after()

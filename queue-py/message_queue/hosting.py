@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 ANSWER_WITHIN_S = 1.6
 """A stored answer takes milliseconds; later than this the quorum is gone."""
 QUEUED_BYTES = 64 << 20
-"""Bytes on their way to the disk, beyond which new messages are put off (429)."""
+"""Bytes on their way to the disks, beyond which new messages are put off (429)."""
 WAITERS = 10_000
 """Long polls of one partition at a time."""
 _NOTHING = Answer(204)
@@ -234,7 +234,7 @@ class Host:
             return refusal(507, str(trouble.value), 5)
         if trouble is Trouble.FAILING:
             return refusal(503, str(trouble.value), 1, definite=True)
-        if self.store.queued_bytes > QUEUED_BYTES:
+        if self.store.queued_bytes + self.owner.storing_bytes > QUEUED_BYTES:
             return refusal(429, "Node is busy storing", 1)
         return None
 

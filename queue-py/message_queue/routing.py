@@ -78,6 +78,7 @@ class Router:
         began_s = loop.time()
         give_up_s = began_s + NO_OWNER_S
         while True:
+            asked_s = loop.time()
             if isinstance(op, Produce):
                 self._tell(op.queue, partition)
             delivered = await self.here(op)
@@ -93,16 +94,19 @@ class Router:
             if node.stopping:
                 return Delivered(certain_refusal("Node is stopping"))
             now_s = loop.time()
+            if wait_s and now_s - asked_s > NO_OWNER_S / 2:
+                # It stood in line somewhere until that owner went: patience begins anew.
+                give_up_s = now_s + NO_OWNER_S
             if now_s >= give_up_s:
                 if not forward:
                     raise WrongNode(None)
                 return Delivered(certain_refusal("No quorum"))
             await self._owner_changed(min(_LOOK_AGAIN_S, give_up_s - now_s))
             if isinstance(op, Consume) and op.wait_ms:
-                # A long poll that lost its owner goes on with what is left of its time, and has
-                # the usual patience for a new owner.
-                left_s = max(0.0, wait_s - (loop.time() - began_s))
-                op = msgspec.structs.replace(op, wait_ms=int(left_s * 1000))
+                # A long poll that lost its owner goes on with what is left of its time.
+                wait_s = max(0.0, wait_s - (loop.time() - began_s))
+                began_s = loop.time()
+                op = msgspec.structs.replace(op, wait_ms=int(wait_s * 1000))
 
     def _tell(self, queue: str, partition: int) -> None:
         """Name a queue's owner in the log, once and whenever it changes."""

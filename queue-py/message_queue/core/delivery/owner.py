@@ -80,6 +80,8 @@ class PartitionOwner:
         self._window = DedupeWindow()
         self._storing: Counter[str] = Counter()
         """Messages gathered or pending, by queue (for `max_length`)."""
+        self.storing_bytes = 0
+        """Bodies gathered or pending; the node's backpressure."""
         self._assigned = 0
         self._upto = 0
         self._leases_sent = 0
@@ -163,6 +165,7 @@ class PartitionOwner:
             drafts.append(PutDraft(stored.encode(meta), message.body))
             pieces.append(count)
             new.append((count, meta, message.body))
+            self.storing_bytes += len(message.body)
             count += 1
             if dedupe_id is not None:
                 mark = Mark(0, 0, now_ms + DEDUPE_WINDOW_MS)
@@ -381,6 +384,7 @@ class PartitionOwner:
         if not self._storing[item.queue]:
             del self._storing[item.queue]
         for seq, meta, body in item.new:
+            self.storing_bytes -= len(body)
             kept = body if self.keep_bodies else None
             entry = stored.entry_of(pack_dot(self.epoch, seq), meta, kept, len(body))
             self.delivery.put(entry, now_ms)
@@ -409,6 +413,7 @@ class PartitionOwner:
         match pending:
             case Storing(queue=queue, new=new, marks=marks):
                 self._storing[queue] -= len(new)
+                self.storing_bytes -= sum(len(body) for _, _, body in new)
                 for _, mark in marks:
                     mark.until_ms = 0  # closed: the id is free again
             case Settling(dots=dots):
