@@ -7,6 +7,7 @@ an effect.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import secrets
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _encode = msgspec.json.Encoder().encode
+# Unique without asking the kernel for randomness at every request.
+_LIFE, _numbers = secrets.token_hex(6), itertools.count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
@@ -58,8 +61,11 @@ def middleware(check: Callable[[web.Request], None]) -> Middleware:
 
     @web.middleware
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("X-Request-Id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        given = request.headers.get("X-Request-Id")
+        if given is not None and _REQUEST_ID.fullmatch(given):
+            request_id = given
+        else:
+            request_id = f"{_LIFE}-{next(_numbers):x}"
         request[REQUEST_ID] = request_id
         metrics = request.app[METRICS]
         metrics.requests += 1
@@ -100,9 +106,12 @@ def _from_aiohttp(request: web.Request, e: web.HTTPException) -> web.StreamRespo
 
 def _error_response(request: web.Request, e: ApiError) -> web.Response:
     if "application/problem+json" in request.headers.get("Accept", ""):
+        # The RFC uses two of our names itself: its status is the number, its detail the error.
+        renamed = {"status": "code", "detail": "hint"}
+        details = {renamed.get(name, name): value for name, value in e.details.items()}
         problem = {
-            "type": "about:blank", "title": HTTPStatus(e.status).phrase, "status": e.status,
-            "detail": e.error, "instance": request.path, **e.details,
+            **details, "type": "about:blank", "title": HTTPStatus(e.status).phrase,
+            "status": e.status, "detail": e.error, "instance": request.path,
         }  # fmt: skip
         return web.Response(
             body=_encode(problem),

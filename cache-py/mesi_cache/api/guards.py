@@ -29,7 +29,7 @@ class Guards:
         origin = request.headers.get("Origin")
         if origin is not None and origin not in self._origins and _changes_something(request):
             raise ApiError(403, "Cross-origin request refused", origin=origin[:256])
-        if "&" in request.query_string:
+        if "&" in request.raw_path:
             query = request.query
             for key in query:
                 if len(query.getall(key)) > 1:

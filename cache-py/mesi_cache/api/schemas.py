@@ -54,6 +54,17 @@ class Incr(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     by: Annotated[int, Meta(ge=-(1 << 53), le=1 << 53)] = 1
 
 
+class Shown(msgspec.Struct, frozen=True):
+    """The answer of GET /read."""
+
+    key: str
+    value: msgspec.Raw
+    state: str
+    hit: bool
+    source: str
+    version: int
+
+
 class ReadMany(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """POST /mread."""
 

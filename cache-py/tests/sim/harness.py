@@ -38,6 +38,7 @@ from testkit.sim import (
 NODES = ("a", "b", "c")
 KEYS = ("k3", "w", "k2")  # one key of each home
 LEASE_MS = 400
+LAST_CALL_MS = 3_000  # then what is under way must come to its end
 _codec = msgspec.msgpack.Decoder(tuple[int, Message])
 
 
@@ -238,6 +239,8 @@ class CacheHarness(Harness[SimNode]):
         world, rng = self.world, self.world.rng
         versions: dict[str, int] = {}
         for _ in range(60):
+            if world.clock.now_ms > LAST_CALL_MS:
+                return
             up = [name for name in NODES if world.is_up(name)]
             key, target = rng.choice(KEYS), rng.choice(up or NODES)
             operation, call = self._draw(me, key, versions)

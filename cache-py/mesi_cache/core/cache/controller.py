@@ -10,7 +10,7 @@ from collections import deque
 
 from mesi_cache.core.cache.line import NEVER, Call, Change, Line, Request, Session
 from mesi_cache.core.cache.requester import Requester, usable_ms
-from mesi_cache.core.cache.table import OWNING, PUTTING, READABLE, TABLE, Event, State
+from mesi_cache.core.cache.table import LETTER, OWNING, PUTTING, READABLE, TABLE, Event, State
 from mesi_cache.core.messages import (
     BackupAck,
     BackupRefused,
@@ -370,9 +370,9 @@ class Cache(Requester):
 
     def _found(self, step: Step, call: Call, line: Line) -> None:
         assert line.record.value is not None  # noqa: S101 - a slot never holds an absent value
-        state = "S" if line.state is State.SM_D else line.state.value
+        record, letter = line.record, LETTER[line.state]
         self._answer_read(
-            step, call, Found(line.record.value, line.record.version, state, not call.missed)
+            step, call, Found(line.record.value, record.version, letter, not call.missed)
         )
 
     def _wait_for_renewal(self, step: Step, line: Line) -> None:

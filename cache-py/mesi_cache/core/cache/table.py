@@ -156,6 +156,7 @@ TABLE: dict[tuple[State, Event], Row] = {
 }
 
 READABLE = frozenset({S.S, S.E, S.M, S.SM_D})
+LETTER = {S.S: "S", S.E: "E", S.M: "M", S.SM_D: "S"}  # of a line that holds a slot, for people
 OWNING = frozenset({S.E, S.M})
 ASKING = frozenset({S.IS_D, S.IS_D_I, S.IM_D, S.SM_D})
 PUTTING = frozenset({S.MI_A, S.EI_A, S.SI_A, S.II_A})
