@@ -22,16 +22,16 @@ from message_queue.core.replication.state import PartitionState
 
 
 class Replication(Protocol):
+    """One node's part in all the partitions that it replicates."""
+
     def tick(self, now_ms: int) -> Effects:
         """Time passes. Call every 50 ms or so; cost is independent of what is stored."""
-
-    def receive(self, sender: int, incarnation: int, message: PeerMessage, now_ms: int) -> Effects:
-        """A peer's message; hostile or outdated ones change nothing. The sender is authentic."""
 
     def receive_all(
         self, sender: int, incarnation: int, messages: tuple[PeerMessage, ...], now_ms: int
     ) -> Effects:
-        """A whole frame in one step: one batch to persist, one answer a partition."""
+        """A peer's frame in one step: one batch to persist, one answer a partition. Hostile or
+        outdated messages change nothing. The sender is authentic."""
 
     def peer_connected(self, peer: int, now_ms: int) -> Effects:
         """This node's link to the peer stands: what was lost meanwhile is sent again."""
@@ -77,6 +77,9 @@ class Replication(Protocol):
 
     def owner(self, partition: int) -> int | None:
         """The owner's position as known here (possibly this node), or None."""
+
+    def epoch(self, partition: int) -> int:
+        """The epoch of the owner as last known here; 0: none yet."""
 
     def cluster_ms(self, now_ms: int) -> int:
         """Cluster time: never goes back, runs on monotonic clocks, bounded over gaps."""

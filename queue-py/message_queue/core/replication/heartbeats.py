@@ -69,8 +69,8 @@ class Heartbeats:
         refused: list[tuple[int, int, int]] = []
         named = dict(message.owned + message.claimed)
         for partition, epoch in message.owned:
-            route = self.routes.get(partition)
-            if route is None or route[0] <= epoch:
+            known, heard_ms = self.routes.get(partition, (0, 0))
+            if known <= epoch or now_ms - heard_ms > desk.config.patience_ms:
                 self.routes[partition] = (epoch, now_ms)
             seat = self._seats.get(partition)
             if seat is None:

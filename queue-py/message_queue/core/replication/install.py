@@ -105,9 +105,11 @@ class Install:
 
     def finish(self) -> bool:
         """Installs the view if everything is here; true if it did."""
+        seal = self._seal
         if not self.fetch.done or not self._trusted:
             return False
-        seal = self._seal
+        if seal.epoch < self._state.promised:
+            return False  # overtaken while the bodies came
         if self._state.standing is not Standing.MEMBER:
             self._desk.note("copied", self._state.partition, seal.epoch)
         void = self._void()

@@ -41,6 +41,7 @@ from message_queue.core.messages import (
 )
 from message_queue.core.replication.clock import ClusterClock
 from message_queue.core.replication.config import ReplicationConfig
+from message_queue.core.replication.contract import Replication
 from message_queue.core.replication.desk import Answer, Desk, OwnPromise, OwnStored
 from message_queue.core.replication.drafts import Accepted, Draft, NotOwner
 from message_queue.core.replication.effects import Effects, Read
@@ -55,7 +56,7 @@ from message_queue.core.replication.validation import plausible
 CLOCK_RECORD_MS = 1_000
 
 
-class Replicator:
+class Replicator(Replication):
     """See ``contract.Replication`` for what each public method takes and gives."""
 
     def __init__(
@@ -112,7 +113,6 @@ class Replicator:
         return owner_of(epoch)
 
     def epoch(self, partition: int) -> int:
-        """The epoch of the owner as last known here; 0: none yet."""
         seat = self.seats.get(partition)
         if seat is not None and seat.tenure is not None:
             return seat.tenure.epoch
@@ -137,9 +137,6 @@ class Replicator:
         self._offices.tick(now_ms)
         self._keep_clock()
         return self._end(fx, now_ms)
-
-    def receive(self, sender: int, incarnation: int, message: PeerMessage, now_ms: int) -> Effects:
-        return self.receive_all(sender, incarnation, (message,), now_ms)
 
     def receive_all(
         self, sender: int, incarnation: int, messages: tuple[PeerMessage, ...], now_ms: int
