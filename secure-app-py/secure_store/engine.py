@@ -204,9 +204,9 @@ class Engine:
         """(Writer's thread.) Nothing can be promised any more: the node ends."""
         self._loop.call_soon_threadsafe(self._on_failed, reason)
 
-    def on_quarantine(self, copy: Path, count: int) -> None:
+    def on_quarantine(self, copy: Path) -> None:
         """(Writer's thread.) What this node had beyond the common history was set aside."""
-        details = f"{count} records of another history are kept in {copy}"
+        details = f"this node's own history was replaced; a copy is kept in {copy}"
         self._loop.call_soon_threadsafe(self._on_note, "quarantined", details)
 
     def _durable(self, number: int, applied_seq: int) -> None:
@@ -432,9 +432,7 @@ class Engine:
         database = await self._loop.run_in_executor(None, self._open_reader)
         try:
             position = await self._loop.run_in_executor(None, _begin_snapshot, database)
-            self.links.send(
-                wanted.link, SnapshotBegin(position, wanted.epochs, wanted.quarantine_after)
-            )
+            self.links.send(wanted.link, SnapshotBegin(position, wanted.set_aside))
             rows = database.snapshot_rows()
             count = 0
             while page := await self._loop.run_in_executor(None, _page, rows):

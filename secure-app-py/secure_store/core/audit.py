@@ -24,11 +24,13 @@ import msgspec
 FIRST_MAC = bytes(32)
 
 
-class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Who did what, where, with what outcome. Fields in the order of their names: canonical."""
 
     action: str
     addr: str
+    detail: str = ""
+    key: str = ""
     node: str
     outcome: str
     request_id: str
@@ -36,25 +38,12 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     status: int
     ts: str  # UTC, RFC 3339, milliseconds
     who: str
-    x_detail: str = ""
-    x_key: str = ""
 
 
-class Line(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+class Line(Entry, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """An entry as it stands in the file."""
 
-    action: str
-    addr: str
-    node: str
-    outcome: str
-    request_id: str
-    seq: int
-    status: int
-    ts: str
-    who: str
     mac: str
-    x_detail: str = ""
-    x_key: str = ""
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

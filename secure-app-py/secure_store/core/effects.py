@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from secure_store.core.messages import EpochStart, Message, Mode, Role, SnapshotBegin
+from secure_store.core.messages import Message, Mode, Role, SnapshotBegin
 from secure_store.core.records import Position, Record
 
 
@@ -25,7 +25,6 @@ class Durable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: Role = Role.UNJOINED
     cluster_id: str = ""
     epoch: int = 0  # the highest seen
-    epochs: tuple[EpochStart, ...] = ()
     mode: Mode = Mode.AVAILABLE
     in_step: bool = False  # primary: nothing is acknowledged that the replica lacks
     told_in_step: bool = False  # replica: the primary said so
@@ -60,7 +59,7 @@ class StageRows:
 
 @dataclass(frozen=True, slots=True)
 class InstallSnapshot:
-    """Replace log and data by the staged rows, quarantine the log's foreign end, save `state`: at
+    """Replace log and data by the staged rows (set aside first if asked to) and save `state`: at
     once."""
 
     number: int
@@ -204,12 +203,11 @@ class LookUp:
 
 @dataclass(frozen=True, slots=True)
 class SendSnapshot:
-    """Stream the state to `link`: SnapshotBegin(position of what is read, epochs, this), rows,
-    end."""
+    """Stream the state to `link`: SnapshotBegin (the position of what is read, and `set_aside`),
+    the rows, SnapshotEnd; then feed SnapshotSent."""
 
     link: int
-    epochs: tuple[EpochStart, ...]
-    quarantine_after: int | None
+    set_aside: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,13 +47,6 @@ class Mode(Enum):
     STRICT = "strict"
 
 
-class EpochStart(msgspec.Struct, frozen=True, array_like=True):
-    """`epoch` began after record `after_seq`."""
-
-    epoch: Seq
-    after_seq: Seq
-
-
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     node_id: Name
     cluster_id: Name
@@ -106,8 +99,7 @@ class Tail(msgspec.Struct, frozen=True, tag="tail"):
 
 class SnapshotBegin(msgspec.Struct, frozen=True, tag="snapshot_begin"):
     position: Position
-    epochs: tuple[EpochStart, ...]
-    quarantine_after: Seq | None  # what the receiver holds beyond this is another history's
+    set_aside: bool  # what the receiver holds may be another history's: keep a copy of it
 
 
 class SnapshotRows(msgspec.Struct, frozen=True, tag="snapshot_rows"):

@@ -46,6 +46,7 @@ PING_MS = 250
 SILENCE_MS = 1_500  # a link that says nothing for so long is dead
 SEAL_MS = 2_000  # a promotion waits so long for the old primary's seal
 WINDOW_RECORDS = 4_096  # sent and not yet acknowledged, while catching up
+WINDOW_BYTES = 16 << 20
 BATCH_RECORDS = 256
 BATCH_BYTES = 1 << 20
 NEAR_RECORDS = 256  # so close behind, the replica can be taken into step
@@ -80,6 +81,8 @@ class Session:
     next_seq: int = 0  # primary: the next record to send
     acked_seq: int = 0  # on the replica's disk
     acked_shown_seq: int = 0  # on both, and the replica knows
+    unacked: deque[tuple[int, int]] = field(default_factory=deque)  # (last seq, bytes) per batch
+    unacked_bytes: int = 0
     progress_ms: int = 0
     fetching: bool = False
     told_sealed: bool = False

@@ -9,7 +9,6 @@ from secure_store.core.effects import Done, Effects, Fetch, LookUp, Rejected, Se
 from secure_store.core.messages import (
     Ack,
     Durable,
-    EpochStart,
     Hello,
     InStep,
     Mode,
@@ -26,9 +25,11 @@ from secure_store.core.pair import (
     MAX_WAITING,
     NEAR_RECORDS,
     WAIT_MS,
+    WINDOW_BYTES,
     WINDOW_RECORDS,
     PairState,
     Phase,
+    Session,
     Waiting,
     append_records,
     demote,
@@ -53,7 +54,6 @@ def found(state: PairState, fx: Effects) -> None:
         role=Role.PRIMARY,
         cluster_id=state.fresh_cluster_id,
         epoch=1,
-        epochs=(EpochStart(1, 0),),
         mode=state.mode_wanted or Mode.AVAILABLE,
     )
     record = extend(state.fresh_cluster_id, state.last, 1, state.genesis)
@@ -105,7 +105,7 @@ def on_welcome(state: PairState, fx: Effects, message: Welcome, now_ms: int) -> 
     last = message.last
     if last.seq > state.last.seq:
         if last.epoch < state.wished.epoch:
-            start_snapshot(state, fx, quarantine_after(state, last.epoch))
+            start_snapshot(state, fx, set_aside=True)
         elif state.in_step and not state.confirmed:
             session.phase = Phase.TAIL
             send(state, fx, TailRequest(state.last), now_ms)
@@ -131,11 +131,6 @@ def refuse(state: PairState, fx: Effects, reason: str) -> None:
     reject_waiting(state, fx, reason, not_primary=False)
 
 
-def quarantine_after(state: PairState, epoch: int) -> int:
-    """Where the first epoch after `epoch` began: what an `epoch` node has beyond is not ours."""
-    return min((e.after_seq for e in state.wished.epochs if e.epoch > epoch), default=0)
-
-
 def compare(state: PairState, fx: Effects, ours: Position | None, now_ms: int) -> None:
     """The replica's history ends at `peer_last`; `ours` is our record of that number."""
     session = state.session
@@ -145,19 +140,20 @@ def compare(state: PairState, fx: Effects, ours: Position | None, now_ms: int) -
     if ours == theirs:
         start_catchup(state, fx, theirs, now_ms)
     elif theirs.epoch < state.wished.epoch:
-        start_snapshot(state, fx, quarantine_after(state, theirs.epoch))
+        start_snapshot(state, fx, set_aside=True)
     elif ours is None:
-        start_snapshot(state, fx, None)
+        start_snapshot(state, fx, set_aside=False)
     else:
         refuse(state, fx, "Histories of primary and replica differ")
 
 
-def start_snapshot(state: PairState, fx: Effects, quarantine: int | None) -> None:
+def start_snapshot(state: PairState, fx: Effects, *, set_aside: bool) -> None:
+    """`set_aside`: the replica's history is, or may be, another one (of an older epoch)."""
     session = state.session
     if session is not None:
         reached(state, fx)
         session.phase = Phase.SNAPSHOT
-        fx.snapshot.append(SendSnapshot(session.link, state.wished.epochs, quarantine))
+        fx.snapshot.append(SendSnapshot(session.link, set_aside))
 
 
 def on_snapshot_sent(state: PairState, fx: Effects, position: Position, now_ms: int) -> None:
@@ -217,15 +213,30 @@ def pump(state: PairState, fx: Effects, now_ms: int) -> None:
     if session is None or session.phase not in (Phase.CATCHUP, Phase.LIVE):
         return
     limit = state.last.seq if state.in_step else state.durable_seq
-    while session.next_seq <= limit and session.next_seq - session.acked_seq <= WINDOW_RECORDS:
+    while session.next_seq <= limit and has_room(session):
         batch = batch_from(state.recent, session.next_seq, limit)
         if not batch:
             if not session.fetching:
                 session.fetching = True
                 fx.fetch.append(Fetch(session.link, session.next_seq - 1, limit))
             return
-        session.next_seq += len(batch)
-        send(state, fx, Records(state.wished.epoch, batch, state.durable_seq), now_ms)
+        send_batch(state, fx, session, batch, now_ms)
+
+
+def has_room(session: Session) -> bool:
+    """Whether more may be under way: a replica that falls behind must not fill our memory."""
+    count = session.next_seq - session.acked_seq
+    return count <= WINDOW_RECORDS and session.unacked_bytes <= WINDOW_BYTES
+
+
+def send_batch(
+    state: PairState, fx: Effects, session: Session, batch: tuple[Record, ...], now_ms: int
+) -> None:
+    size = sum(len(r.payload) for r in batch)
+    session.unacked.append((batch[-1].seq, size))
+    session.unacked_bytes += size
+    session.next_seq = batch[-1].seq + 1
+    send(state, fx, Records(state.wished.epoch, batch, state.durable_seq), now_ms)
 
 
 def batch_from(recent: dict[int, Record], first_seq: int, limit: int) -> tuple[Record, ...]:
@@ -250,11 +261,10 @@ def on_fetched(
     if after_seq + 1 != session.next_seq:
         return
     if records is None:  # trimmed meanwhile
-        start_snapshot(state, fx, None)
+        start_snapshot(state, fx, set_aside=False)
         return
     if records:  # else the next tick asks again
-        session.next_seq = records[-1].seq + 1
-        send(state, fx, Records(state.wished.epoch, records, state.durable_seq), now_ms)
+        send_batch(state, fx, session, records, now_ms)
         pump(state, fx, now_ms)
 
 
@@ -268,6 +278,8 @@ def on_ack(state: PairState, fx: Effects, message: Ack, now_ms: int) -> None:
     if message.durable_seq > session.acked_seq or message.shown_seq > session.acked_shown_seq:
         session.progress_ms = now_ms
     session.acked_seq = max(session.acked_seq, message.durable_seq)
+    while session.unacked and session.unacked[0][0] <= session.acked_seq:
+        session.unacked_bytes -= session.unacked.popleft()[1]
     session.acked_shown_seq = max(session.acked_shown_seq, message.shown_seq)
     come_closer(state, fx, now_ms)
     decide(state, fx, now_ms)

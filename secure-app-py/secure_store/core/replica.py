@@ -7,7 +7,6 @@ from msgspec.structs import replace
 from secure_store.core.effects import Effects, InstallSnapshot, Promotion, StageRows
 from secure_store.core.messages import (
     Ack,
-    EpochStart,
     Hello,
     Mode,
     Promoted,
@@ -122,20 +121,8 @@ def on_records(state: PairState, fx: Effects, message: Records, now_ms: int) -> 
     if not right_epoch or not follows(state.wished.cluster_id, state.last, records):
         end_session(state, fx, "Records do not follow this node's log")
         return
-    note_epochs(state, fx, records)
     append_records(state, fx, records)
     on_primary_durable(state, fx, message.durable_seq, now_ms)
-
-
-def note_epochs(state: PairState, fx: Effects, records: tuple[Record, ...]) -> None:
-    epochs = state.wished.epochs
-    known = epochs[-1].epoch if epochs else 0
-    for record in records:
-        if record.epoch > known:
-            known = record.epoch
-            epochs = (*epochs, EpochStart(known, record.seq - 1))
-    if epochs != state.wished.epochs:
-        save(state, fx, epochs=epochs)
 
 
 def on_primary_durable(state: PairState, fx: Effects, seq: int, now_ms: int) -> None:
@@ -207,7 +194,7 @@ def on_snapshot_end(state: PairState, fx: Effects, row_count: int) -> None:
     session.staging = None
     session.acked_seq = session.acked_shown_seq = -1  # whatever was said before is void
     session.primary_durable_seq = begin.position.seq
-    state.wished = replace(state.wished, epochs=begin.epochs, shown_limit=None)
+    state.wished = replace(state.wished, shown_limit=None)
     state.last = begin.position
     state.durable_seq = state.shown_seq = 0
     state.recent.clear()
@@ -285,7 +272,6 @@ def begin_promotion(state: PairState, fx: Effects, *, forced: bool) -> None:
         fx,
         role=Role.PRIMARY,
         epoch=epoch,
-        epochs=(*state.wished.epochs, EpochStart(epoch, state.last.seq)),
         in_step=False,
         told_in_step=False,
         sealed=None,

@@ -217,17 +217,17 @@ class AuditLog:
             self._second = (whole_s, stamp)
         ts = f"{self._second[1]}.{int((each.at_s - whole_s) * 1000):03d}Z"
         return Entry(
-            each.action,
-            each.addr,
-            self._node_id,
-            each.outcome,
-            each.request_id,
-            seq,
-            each.status,
-            ts,
-            each.who,
-            each.detail,
-            each.key,
+            action=each.action,
+            addr=each.addr,
+            detail=each.detail,
+            key=each.key,
+            node=self._node_id,
+            outcome=each.outcome,
+            request_id=each.request_id,
+            seq=seq,
+            status=each.status,
+            ts=ts,
+            who=each.who,
         )
 
     def _refuse(self, batch: list[_Waiting]) -> None:

@@ -53,14 +53,14 @@ class Writer:
         *,
         on_durable: Callable[[int, int], None],
         on_failed: Callable[[str], None],
-        on_quarantine: Callable[[Path, int], None],
+        on_quarantine: Callable[[Path], None],
         quarantine_dir: Path,
         now_ms: Callable[[], int],
     ) -> None:
         self._database = database
         self._on_durable = on_durable
         self._on_failed = on_failed
-        self._on_quarantine = on_quarantine  # (copy, number of foreign records)
+        self._on_quarantine = on_quarantine
         self._quarantine_dir = quarantine_dir
         self._now_ms = now_ms
         self._lock = threading.Condition()
@@ -143,11 +143,11 @@ class Writer:
     def _set_aside(self, begin: SnapshotBegin) -> None:
         """Keep what belongs to another history before a snapshot replaces it."""
         last = self._database.last()
-        if begin.quarantine_after is None or last.seq <= begin.quarantine_after:
+        if not begin.set_aside or last.seq == 0:
             return
         path = self._quarantine_dir / f"quarantine-epoch{last.epoch}-seq{last.seq}.db"
         self._database.set_aside(path)
-        self._on_quarantine(path, last.seq - begin.quarantine_after)
+        self._on_quarantine(path)
 
     def _persist(self, op: PersistOp) -> None:
         match op:

@@ -253,7 +253,7 @@ async def test_the_audit_log_names_who_did_what_and_never_a_value(admin: HttpCli
         if any(e["request_id"] == "my-req" for e in page):
             break
     (mine,) = [e for e in entries if e["request_id"] == "my-req"]
-    assert (mine["who"], mine["action"], mine["x_key"], mine["status"], mine["outcome"]) == (
+    assert (mine["who"], mine["action"], mine["key"], mine["status"], mine["outcome"]) == (
         "demo:admin", "set_value", "aud", 200, "allowed",
     )  # fmt: skip
     assert "v4lue" not in json.dumps(entries)

@@ -70,6 +70,8 @@ async def test_a_killed_replica_degrades_the_primary_and_catches_up(tmp_path: Pa
         assert (ready.status, ready.headers["x-replication"]) == (200, "degraded")
         for i in range(20):
             await kit.set_value(admin, f"b{i}", i)
+        for i in range(40):  # more than one window of bytes
+            await kit.set_value(admin, f"big{i}", "x" * 900_000)
         cluster.start(1)
 
         async def caught_up() -> bool:
@@ -81,6 +83,7 @@ async def test_a_killed_replica_degrades_the_primary_and_catches_up(tmp_path: Pa
         async with cluster.client(1) as replica:
             assert (await kit.get(replica, "/get?key=a")).json["value"] == 3
             assert (await kit.get(replica, "/get?key=b19")).json["value"] == 19
+            assert len((await kit.get(replica, "/get?key=big39")).json["value"]) == 900_000
         log = (tmp_path / "data" / "nodeA" / "audit" / "audit.log").read_text()
         assert "pair.went_alone" in log
 

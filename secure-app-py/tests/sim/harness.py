@@ -347,12 +347,10 @@ class SimNode:
         self.disk.sync(ops[-1].number if ops else 0)
 
     def install(self, begin: SnapshotBegin, saved: Durable) -> None:
-        if begin.quarantine_after is not None:
-            foreign = [r for r in self.disk.log() if r.seq > begin.quarantine_after]
-            if foreign:  # the whole store is set aside: older parts of its log may be trimmed
-                aside = (*self.disk.get("fold", ()), *(r.payload for r in self.disk.log()))
-                self.disk.put("quarantine", self.disk.get("quarantine", ()) + aside)
-            self.host.cover("quarantined", len(foreign))
+        if begin.set_aside:
+            aside = (*self.disk.get("fold", ()), *(r.payload for r in self.disk.log()))
+            self.disk.put("quarantine", self.disk.get("quarantine", ()) + aside)
+            self.host.cover("quarantined")
         self.disk.remove_log("log")
         self.disk.put("fold", self.disk.get("staged", ()))
         self.disk.put("applied", begin.position)
@@ -401,7 +399,7 @@ class SimNode:
         position: Position = self.disk.get("applied", ORIGIN)
         rows: tuple[bytes, ...] = self.disk.get("fold", ())
         messages: list[Message] = [
-            SnapshotBegin(position, wanted.epochs, wanted.quarantine_after),
+            SnapshotBegin(position, wanted.set_aside),
             *(SnapshotRows(rows[i : i + 10]) for i in range(0, len(rows), 10)),
             SnapshotEnd(len(rows)),
         ]

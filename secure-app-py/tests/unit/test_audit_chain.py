@@ -23,15 +23,18 @@ from secure_store.core.audit import (
 KEY = b"k" * 32
 
 
+def entry(seq: int, who: str) -> Entry:
+    return Entry(
+        action="set", addr="127.0.0.1", key=f"key-{seq}", node="nodeA", outcome="allowed",
+        request_id=f"r{seq}", seq=seq, status=200, ts="2026-11-22T22:43:00.000Z", who=who,
+    )  # fmt: skip
+
+
 def chain(count: int, key: bytes = KEY, who: str = "demo:admin") -> list[bytes]:
     lines: list[bytes] = []
     mac = FIRST_MAC
     for seq in range(1, count + 1):
-        entry = Entry(
-            "set", "127.0.0.1", "nodeA", "allowed", f"r{seq}", seq, 200,
-            "2026-11-22T22:43:00.000Z", who, "", f"key-{seq}",
-        )  # fmt: skip
-        line, mac = make_line(key, mac, entry)
+        line, mac = make_line(key, mac, entry(seq, who))
         lines.append(line)
     return lines
 
@@ -99,11 +102,7 @@ def test_changing_one_entry_with_the_key_moves_every_later_head() -> None:
     mac = bytes.fromhex(read_line(lines[0])[0].mac)
     for seq in range(2, 11):
         who = "nobody" if seq == 2 else "demo:admin"
-        entry = Entry(
-            "set", "127.0.0.1", "nodeA", "allowed", f"r{seq}", seq, 200,
-            "2026-11-22T22:43:00.000Z", who, "", f"key-{seq}",
-        )  # fmt: skip
-        line, mac = make_line(KEY, mac, entry)
+        line, mac = make_line(KEY, mac, entry(seq, who))
         forged.append(line)
     assert judge(forged).code is Code.OK
     assert judge(forged, head(lines, 8)).code is Code.REWRITE
