@@ -162,6 +162,7 @@ class LockClient:
         self._held: set[Held] = set()
         self._turns: dict[str, asyncio.Lock] = {}
         self._keeper: asyncio.Task[None] | None = None
+        self._meeting: asyncio.Task[None] | None = None
         self._new_lease = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -176,10 +177,11 @@ class LockClient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._keeper
+        for task in (self._keeper, self._meeting):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         if self._session is not None:
             await self._session.close()
 
@@ -382,6 +384,8 @@ class LockClient:
             else:
                 match status:
                     case 200:
+                        if self._meeting is None:
+                            self._meeting = asyncio.create_task(self._meet_the_others(url))
                         return answer, sent_s
                     case 307 if answer.get("leader"):
                         self._learn(answer["leader"])
@@ -428,19 +432,34 @@ class LockClient:
 
     async def _leads_elsewhere(self, url: str) -> bool:
         """Whether another node is known to lead; then it is learned."""
-        if self._session is None:
-            return False
         others = [other for other in self._urls if other != url]
         random.shuffle(others)
-        timeout = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT_S)
         for other in others:
-            with suppress(aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
-                async with self._session.get(other + "/status", timeout=timeout) as response:
-                    status = msgspec.json.decode(await response.read(), type=dict[str, Any])
-                if status.get("leader") not in (None, url):
-                    self._learn(status["leader"])
-                    return True
+            leader = (await self._status(other)).get("leader")
+            if leader not in (None, url):
+                self._learn(leader)
+                return True
         return False
+
+    async def _meet_the_others(self, url: str) -> None:
+        """Learn every member's address, for when the ones we were given are all down."""
+        scheme = url.partition("://")[0]
+        peers = (await self._status(url)).get("peers", ())
+        if not peers:
+            self._meeting = None  # after the next answer, then
+        for peer in peers:
+            other = f"{scheme}://{peer['http_addr']}"
+            if peer["http_addr"] and other not in self._urls:
+                self._urls.append(other)
+
+    async def _status(self, url: str) -> dict[str, Any]:
+        """A node's /status; empty if it does not answer."""
+        timeout = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT_S)
+        if self._session is not None:
+            with suppress(aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
+                async with self._session.get(url + "/status", timeout=timeout) as response:
+                    return msgspec.json.decode(await response.read(), type=dict[str, Any])
+        return {}
 
     def _learn(self, url: str) -> None:
         self._leader = url
