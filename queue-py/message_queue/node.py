@@ -83,6 +83,7 @@ class Node:
         self._flushing: list[Host] = []
         self._timed: set[Host] = set()
         self._time_matters = asyncio.Event()
+        self._told: set[tuple[str, int]] = set()
         """Hosts in which something waits for a moment: an idle node looks at none."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving = Serving(self.send, self.router.here)
@@ -265,7 +266,9 @@ class Node:
         self.apply(self.replicator.bodies_read(read, tuple(found), lost, monotonic_ms()))
 
     def _note(self, note: Note) -> None:
-        level = logging.INFO if note.name in _LOUD else logging.DEBUG
+        told = (note.name, note.partition)
+        level = logging.WARNING if note.name in _LOUD and told not in self._told else logging.DEBUG
+        self._told.add(told)
         log.log(level, "partition %d epoch %d: %s %s", note.partition, note.epoch, note.name,
                 note.detail)  # fmt: skip
         self.metrics.notes[note.name] = self.metrics.notes.get(note.name, 0) + 1
@@ -452,4 +455,7 @@ class Node:
         self.events.publish("disk", trouble=trouble.value if trouble else None)
 
 
-_LOUD = frozenset({"damaged", "implausible", "sealed_drop"})
+_LOUD = frozenset(
+    {"damaged", "disk_lost", "implausible", "origin_conflict", "outlived", "puts_lost"}
+)
+"""Said once a partition; the rest is on /events and in the metrics."""

@@ -385,3 +385,10 @@ def test_a_silent_owner_is_replaced_within_two_seconds() -> None:
     bench.hear(0, Heartbeat(1, 10, 0, ((P, EPOCH_A),), ()))
     bench.core.peer_disconnected(0, bench.now_ms)
     assert 600 <= bench.stand() < 750
+
+
+def test_a_node_whose_clock_went_back_with_its_disk_is_told_so() -> None:
+    bench = Bench(fresh=True)
+    fx = bench.hear(0, Heartbeat(1, 99, 0, (), ()))
+    assert [note.name for note in fx.notes] == ["outlived"]
+    assert not bench.hear(0, Heartbeat(2, 99, 0, (), ())).notes, "once"

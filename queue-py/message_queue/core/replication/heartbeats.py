@@ -65,6 +65,11 @@ class Heartbeats:
         peer.hears_me = message.heard == desk.config.incarnation
         if desk.config.fresh and 0 < message.heard < desk.config.incarnation:
             self._not_a_founder()
+        if message.heard > desk.config.incarnation and not peer.outlived:
+            # Its disk is lost *and* its clock went back: incarnations come from both.
+            peer.outlived = True
+            detail = f"node {sender} hears only a later life of this node: set the clock, restart"
+            desk.note("outlived", 0, message.heard, detail)
         self._clock.hear(message.cluster_ms)
         refused: list[tuple[int, int, int]] = []
         named = dict(message.owned + message.claimed)

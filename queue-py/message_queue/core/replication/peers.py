@@ -19,6 +19,7 @@ class Peer:
         "heard_ms",
         "hears_me",
         "incarnation",
+        "outlived",
     )
 
     def __init__(self) -> None:
@@ -30,6 +31,8 @@ class Peer:
         self.alive_since_ms = 0
         self.hears_me = False
         """Its last heartbeat named this life of this node: it was sent after this node's start."""
+        self.outlived = False
+        """It knows a later life of this node, and does not listen to this one."""
         self.beats: dict[int, tuple[int, tuple[tuple[int, int], ...]]] = {}
         """Own heartbeats on their way to it: when sent, and for which (partition, epoch)."""
 
