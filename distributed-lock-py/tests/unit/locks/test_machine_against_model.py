@@ -316,7 +316,7 @@ class MachineAgainstModel(RuleBasedStateMachine):
 
 
 MachineAgainstModel.TestCase.settings = settings(
-    max_examples=int(os.environ.get("MODEL_RUNS", "120")),
+    max_examples=int(os.environ.get("MODEL_RUNS", "80")),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
