@@ -328,8 +328,6 @@ class Node:
                 return state.refused
             if not state.is_primary:
                 return "starting"
-            if state.ambiguous():
-                return "the replica has not been reached since the restart"
             making = time.monotonic_ns() // 1_000_000 < state.making_until_ms
             if state.degraded and making:
                 return "a link to the replica is being made"

@@ -126,15 +126,20 @@ async def test_a_primary_restarted_in_step_waits_for_its_replica(tmp_path: Path)
             await kit.set_value(admin, "a", 1)
         cluster.power_cut()
         cluster.start(0)
-        await cluster.nodes[0].wait_log("listening on")
+        await cluster.ready(0)  # it can serve reads
         async with cluster.client(0) as admin:
+            ready = await kit.get(admin, "/readyz")
+            assert (ready.status, ready.headers["x-replication"]) == (200, "degraded")
             reply = await kit.set_value(admin, "a", 2)
             assert reply.status == 503
             assert reply.json["definite"] is True
             assert (await kit.get(admin, "/get?key=a")).status in (200, 503)
             cluster.start(1)
-            await cluster.ready(0)
-            assert (await kit.set_value(admin, "a", 3)).status == 200
+
+            async def writes() -> bool:
+                return (await kit.set_value(admin, "a", 3)).status == 200
+
+            await kit.eventually(writes)
             assert (await kit.get(admin, "/get?key=a")).json["value"] == 3
 
 
