@@ -40,7 +40,7 @@ class RaftConfig(msgspec.Struct, frozen=True, kw_only=True):
     # follower's own view is later for it.
     eager_commit: bool = False
     # ReadIndex rounds under way at once; reads that come meanwhile share the next.
-    max_read_rounds: int = 4
+    max_read_rounds: int = 2
 
     def __post_init__(self) -> None:
         if self.node_id < 1:
