@@ -197,10 +197,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         )
     if not 100 <= args.lease_ms <= 600_000:
         raise ConfigError("--lease_ms: expected 100 to 600000")
-    if args.store not in ("", "memory") and not args.store.removeprefix("sqlite:"):
-        raise ConfigError("--store: sqlite: needs a path")
-    if args.store not in ("", "memory") and not args.store.startswith("sqlite:"):
-        raise ConfigError(f"--store: expected memory or sqlite:PATH, got {args.store!r}")
+    _check_store(args.store)
     return Config(
         node_id=node_id,
         addr=addr,
@@ -220,6 +217,20 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         log_level=args.log_level,
         cluster_secret=secret,
     )
+
+
+def _check_store(store: str) -> None:
+    if store in ("", "memory"):
+        return
+    if store.startswith(("redis://", "http://", "https://")):
+        raise ConfigError(
+            f"--store: {store.split(':')[0]} is not supported yet: memory, sqlite:PATH"
+        )
+    path = store.removeprefix("sqlite:")
+    if not store.startswith("sqlite:") or not path:
+        raise ConfigError(f"--store: expected memory or sqlite:PATH, got {store!r}")
+    if not Path(path).parent.is_dir():
+        raise ConfigError(f"--store: no such directory: {Path(path).parent}")
 
 
 def _member_url(text: str, flag: str) -> str:

@@ -34,7 +34,9 @@ async def read(request: web.Request) -> web.Response:
     key = request.raw_path.removeprefix("/read?key=")
     if not (key.isalnum() and key.isascii() and len(key) <= 64):
         key = check_key(read_query(request, schemas.KeyQuery).key)
-    return json_response(await _read(request.app[SERVICE], key))
+    service = request.app[SERVICE]
+    found = service.lookup(key)
+    return json_response(_shown(key, found) if found else await _read(service, key))
 
 
 async def mread(request: web.Request) -> web.Response:
@@ -47,11 +49,16 @@ async def mread(request: web.Request) -> web.Response:
     return json_response({"results": results})
 
 
+def _shown(key: str, found: Found) -> schemas.Shown:
+    source = "cache" if found.hit else "memory"
+    value = msgspec.Raw(found.value)
+    return schemas.Shown(key, value, found.state, found.hit, source, found.version)
+
+
 async def _read(service: Service, key: str) -> schemas.Shown:
     match service.lookup(key) or await service.read(key):
-        case Found(value, version, state, hit):
-            source = "cache" if hit else "memory"
-            return schemas.Shown(key, msgspec.Raw(value), state, hit, source, version)
+        case Found() as found:
+            return _shown(key, found)
         case Missing():
             raise ApiError(404, "Key not found")
         case Unavailable() as nothing:
