@@ -44,6 +44,7 @@ NO_OWNER_S = 1.7
 FORWARD_S = 1.85
 """How long an answer may take, beyond what the client asked to wait."""
 _LOOK_AGAIN_S = 0.05
+_LATE_S = 0.2
 MAX_CHAIN = 16
 MAX_TOLD = 1024
 _partition_of = lru_cache(maxsize=65536)(partition_of)
@@ -79,18 +80,17 @@ class Router:
         give_up_s = began_s + NO_OWNER_S
         while True:
             asked_s = loop.time()
-            if isinstance(op, Produce):
-                self._tell(op.queue, partition)
-            delivered = await self.here(op)
+            if asked_s - began_s < _LATE_S:
+                delivered = await self._try(op, partition, forward, wait_s + FORWARD_S)
+            else:
+                # Part of the time went into waiting for an owner: only the rest is left.
+                try:
+                    async with asyncio.timeout_at(began_s + wait_s + FORWARD_S):
+                        delivered = await self._try(op, partition, forward, wait_s + FORWARD_S)
+                except TimeoutError:
+                    return Delivered(unknown_outcome("No answer in time"))
             if delivered is not None:
                 return delivered
-            position = node.replicator.owner(partition)
-            if position is not None and position != node.config.position:
-                if not forward:
-                    raise WrongNode(node.addresses[position])
-                answer = await self._forward(position, op, wait_s + FORWARD_S)
-                if answer is not None:
-                    return answer
             if node.stopping:
                 return Delivered(certain_refusal("Node is stopping"))
             now_s = loop.time()
@@ -107,6 +107,23 @@ class Router:
                 wait_s = max(0.0, wait_s - (loop.time() - began_s))
                 began_s = loop.time()
                 op = msgspec.structs.replace(op, wait_ms=int(wait_s * 1000))
+
+    async def _try(
+        self, op: Operation, partition: int, forward: bool, timeout_s: float
+    ) -> Delivered | None:
+        """Do it here or at the owner as known now. None: nothing was done, there is no owner."""
+        node = self._node
+        if isinstance(op, Produce):
+            self._tell(op.queue, partition)
+        delivered = await self.here(op)
+        if delivered is not None:
+            return delivered
+        position = node.replicator.owner(partition)
+        if position is None or position == node.config.position:
+            return None
+        if not forward:
+            raise WrongNode(node.addresses[position])
+        return await self._forward(position, op, timeout_s)
 
     def _tell(self, queue: str, partition: int) -> None:
         """Name a queue's owner in the log, once and whenever it changes."""
