@@ -40,10 +40,28 @@ class Reporter:
                 fencing_token=expired.fencing_token,
                 reason="unclaimed" if expired.reaped else "lease",
             )
-        for command, answer in zip(batch.commands, outcomes.answers, strict=True):
-            self._answered(command, answer)
+        if self._events.listened_to:
+            for command, answer in zip(batch.commands, outcomes.answers, strict=True):
+                self._answered(command, answer)
+        else:
+            for answer in outcomes.answers:
+                self._count(answer)
         for resolution in outcomes.resolutions:
             self._resolved(resolution.reply)
+
+    def _count(self, answer: Reply | Queued) -> None:
+        """As _answered while nobody listens: this runs for every command on every node."""
+        kind = type(answer)
+        if kind is Acquired:
+            self._metrics.grants += 1
+        elif kind is Released:
+            self._metrics.releases += 1
+        elif isinstance(answer, Queued):
+            self._metrics.waits += 1
+        elif isinstance(answer, ReleasedMany):
+            self._metrics.releases += answer.count
+        else:
+            self._resolved(answer)
 
     def _answered(self, command: Command, answer: Reply | Queued) -> None:
         match answer:

@@ -210,10 +210,7 @@ class Client(msgspec.Struct, gc=False, eq=False):
 
 
 def weight_of(ask: Ask) -> int:
-    match ask.lock_type:
-        case LockType.EXCLUSIVE:
-            return WHOLE
-        case LockType.SHARED:
-            return 1
-        case LockType.SEMAPHORE:
-            return ask.permits
+    lock_type = ask.lock_type
+    if lock_type is LockType.EXCLUSIVE:
+        return WHOLE
+    return 1 if lock_type is LockType.SHARED else ask.permits

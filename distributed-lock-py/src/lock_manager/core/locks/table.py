@@ -110,6 +110,11 @@ class LockTable:
             room -= lock.added_by(place)
         return room
 
+    @property
+    def is_tidy(self) -> bool:
+        """Whether take_grantable has nothing to look at."""
+        return not self._dirty
+
     def take_grantable(self) -> Waiter | None:
         """The next waiter that may be let in now; None: nobody, and the table is tidy.
 
@@ -163,6 +168,19 @@ class LockTable:
         if grows:
             self.token += 1
         return tuple([self._give(client, ask, ttl_ms, told) for ask in asks])
+
+    def grant_free(self, client_id: str, ask: Ask, ttl_ms: int) -> Granted:
+        """As `grant`, of one lock that is not in `locks`: nobody has it, wants it or had it."""
+        self.token = token = self.token + 1
+        name, weight = ask.lock_name, weight_of(ask)
+        hold = Hold(name, client_id, weight, token, token, told=1)
+        self.locks[name] = Lock(name, ask.limit, weight, hold)
+        self.client(client_id).add(hold)
+        if ttl_ms:
+            hold.ttl_ms = ttl_ms
+            hold.expires_ms = self.now_ms + ttl_ms
+            self.schedule(hold)
+        return Granted(name, ask.lock_type, token, token, ask.permits, ask.limit)
 
     def _give(self, client: Client, ask: Ask, ttl_ms: int, told: int) -> Granted:
         lock = self._lock(ask)
@@ -232,7 +250,10 @@ class LockTable:
         if delay_ms:
             lock.free_from_ms = lock.due_ms = self.now_ms + delay_ms
             self.delays.watch(lock)
-        self._dirty.append(lock.name)
+        if lock.idle and not lock.due_ms:
+            del self.locks[lock.name]  # as take_grantable would, without the detour
+        else:
+            self._dirty.append(lock.name)
 
     def end_delay(self, lock: Lock) -> None:
         self._touch(lock)
