@@ -61,9 +61,10 @@ from lock_manager.transport import Links
 
 log = logging.getLogger(__name__)
 
-# Batches proposed and not applied. More than one keeps the disks busy while answers travel; many
-# would only make the batches smaller.
+# Batches proposed and not applied. A second one leaves only beside a small one: so a hand-over does
+# not wait for the re-acquire of whoever released, while under load batches are as large as can be.
 BATCHES_UNDER_WAY = 2
+SMALL_BATCH = 3  # commands
 # An idle leader of a cluster that waits for anything logs the time this often (guarantee 8).
 STAMP_EVERY_MS = 1_000
 SNAPSHOT_PAUSE_S = 0.002  # between its steps: requests go first
@@ -214,13 +215,19 @@ class Node:
             return
         cluster_ms = self._clock.observe(self._now_ms())
         self._core.advance_stamp(cluster_ms)
-        while self._desk.has_mail and self._desk.batches_under_way < BATCHES_UNDER_WAY:
+        while self._desk.has_mail and self._may_propose():
             mail = self._desk.take_mail()
             if mail and not self._propose_batch(mail, cluster_ms):
                 return
         due = self._stamp_due_ms()
         if due is not None and cluster_ms >= due:
             self._propose_batch([], cluster_ms)
+
+    def _may_propose(self) -> bool:
+        under_way = self._desk.batches_under_way
+        return not under_way or (
+            under_way < BATCHES_UNDER_WAY and self._desk.commands_under_way <= SMALL_BATCH
+        )
 
     def _stamp_due_ms(self) -> int | None:
         """When the log needs the time though nobody asks for anything; None: it does not, or a
@@ -369,7 +376,7 @@ class Node:
         self._timer = self._loop.call_at(at + 0.0005, self._on_timer)
 
     def _now_ms(self) -> int:
-        return int(asyncio.get_running_loop().time() * 1000)
+        return int(self._loop.time() * 1000)
 
     # ------------------------------------------------------------------------- what the api asks
 
