@@ -1,7 +1,7 @@
 """Everything at once on real nodes: kills, stops, pauses, cuts in any direction, power cuts, while
 clients produce, consume and ack; judged by total-queue.
 
-Ten seconds by default; ``SOAK=5`` goes on for five minutes, ``CHAOS_SEED`` draws others. Faults
+Eight seconds by default; ``SOAK=5`` goes on for five minutes, ``CHAOS_SEED`` draws others. Faults
 are drawn from the seed, their interleaving with the clients is the machine's: a failure is kept as
 ``chaos.jsonl`` in pytest's folder.
 """
@@ -93,7 +93,7 @@ async def test_chaos_loses_nothing_and_brings_nothing_back(tmp_path: Path) -> No
         work = [asyncio.create_task(producer(cluster, history, n, stop)) for n in range(3)]
         work += [asyncio.create_task(consumer(cluster, history, n, stop)) for n in range(3)]
         chaos = Chaos(cluster, seed)
-        until_s = time.monotonic() + (60 * soak_minutes or 10)
+        until_s = time.monotonic() + (60 * soak_minutes or 8)
         try:
             while time.monotonic() < until_s:
                 await chaos.strike()
