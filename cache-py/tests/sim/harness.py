@@ -257,7 +257,8 @@ class CacheHarness(Harness[SimNode]):
             case "read":
                 return None, history.invoke(me, "read", key)
             case "write":
-                return Write(value), history.invoke(me, "write", key, self._value)
+                ttl_ms = rng.randint(1, 600) if self.ttl else 0
+                return Write(value, ttl_ms), history.invoke(me, "write", key, self._value)
             case "cas":
                 expected = versions.get(key, 0)
                 argument = {"expected_version": expected, "value": self._value}
@@ -325,7 +326,15 @@ class CacheHarness(Harness[SimNode]):
             assert not busy, f"still busy after the quiet time: {busy[0].key} {busy[0].state}"
             stuck = [line.key for line in node.machine.cache.table.values() if line.waiting]
             assert not stuck, f"{node.host.name} still has clients waiting for {stuck}"
+        if self.ttl:
+            return  # a register knows no deadlines: here the invariants judge
         linearizable.check(self.world.history, linearizable.VersionedRegister()).require()
+
+
+class DeadlineHarness(CacheHarness):
+    """Values that run out, on wall clocks that jump."""
+
+    ttl = True
 
 
 class DurableHarness(CacheHarness):
@@ -350,6 +359,12 @@ _POWER_CUTS = Faults(
     every_ms=(50, 900),
 )  # fmt: skip
 
+_WRONG_CLOCKS = Faults(wall_jump=4, pause=1, one_way=1, isolate=1, drift_ppm=4_000, max_down=1)
+
+DEADLINES = Scenario(
+    "deadlines", NODES, DeadlineHarness, 2_500, 3_500, faults=_WRONG_CLOCKS, links=_LINKS,
+    wire=_wire,
+)  # fmt: skip
 RACES = Scenario(
     "races", NODES, CacheHarness, 2_500, 3_500, faults=_ROUGH_TIMES, links=_LINKS, wire=_wire
 )

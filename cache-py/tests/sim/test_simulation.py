@@ -70,6 +70,12 @@ def test_a_power_cut_at_any_time_loses_nothing_that_was_acknowledged() -> None:
         coverage.require(happening, 10)
 
 
+def test_values_that_run_out_on_clocks_that_jump_keep_every_invariant() -> None:
+    coverage = many(harness.DEADLINES, seeds(30))
+    for happening in ("entry S outdated", "entry EM outdated", "entry U outdated", "line S passed"):
+        coverage.require(happening, 1)
+
+
 def test_a_seed_decides_everything() -> None:
     first, second = (run(harness.RACES, 7, fingerprint=True) for _ in range(2))
     assert first.fingerprint == second.fingerprint

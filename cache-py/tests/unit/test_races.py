@@ -395,6 +395,21 @@ def test_a_value_whose_time_is_up_is_deleted_by_its_home_before_anyone_misses_it
     assert net.log["a"][-1].record.value is None
 
 
+def test_a_value_may_run_out_while_a_writer_waits_for_a_sharer() -> None:
+    net = LittleNet("a", "b", "c")
+    key = net.key_of("a")
+    net.ask("b", key, Write(b"1", ttl_ms=500))
+    net.flow()
+    net.ask("c", key)
+    net.flow()
+    writer = net.ask("b", key, Write(b"2"))
+    net.deliver("b", "a", GetM)
+    net.pass_time(600)  # c's acknowledgement comes after the deadline
+    net.flow()
+    assert net.answers[writer] == Changed(Outcome("done", 3))
+    assert [logged.record.value for logged in net.log["a"]] == [b"1", None, b"2"]
+
+
 def test_the_least_recently_used_line_goes_and_only_clients_touch_the_order() -> None:
     net = LittleNet("a", "b", capacity=2)
     x, y, z = (net.key_of("a", number) for number in range(3))

@@ -133,6 +133,7 @@ class Directory:
         if entry.state is State.EM and asked.source in entry.copies:
             return Event.RETURN
         if expired(entry.record, step.wall_ms):
+            asked.result = None  # what it was going to do, it was going to do to the old value
             return Event.OUTDATED
         if entry.state is State.EM:
             # What the request will find or do is open until the owner has given up.
