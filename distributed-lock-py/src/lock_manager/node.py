@@ -20,7 +20,7 @@ from lock_manager.api.operators import Operators
 from lock_manager.api.pending import Desk, Pending, Proposed
 from lock_manager.api.reads import Reads
 from lock_manager.api.reporting import Reporter
-from lock_manager.api.standing import progress_of, standing
+from lock_manager.api.standing import peers, standing
 from lock_manager.config import Config
 from lock_manager.core.cluster_clock import ClusterClock
 from lock_manager.core.locks import snapshot, views
@@ -440,20 +440,14 @@ class Node:
             "cluster_time_ms": self._cluster_ms(),
             "locks": len(self._machine.table.locks),
             "waiters": len(self._machine.table.waiters),
-            "peers": [self._peer_row(member) for member in self._core.configuration.members],
+            "peers": peers(self._core, self._directory, self._reached),
         }
 
-    def _peer_row(self, member: Member) -> dict[str, object]:
-        position = member.node_id
+    @property
+    def _reached(self) -> frozenset[int]:
+        """Positions that this node can send to, itself included."""
         up = self.links.connected if self.links is not None else frozenset()
-        return {
-            "id": self._directory.name(position),
-            "position": position,
-            "voter": member.voter,
-            "http_addr": self._directory.http_addr(member),
-            "connected": position == self._config.position or position in up,
-            **progress_of(self._core, position),
-        }
+        return up | {self._config.position}
 
     def measure(self) -> Metrics:
         metrics = self._metrics

@@ -52,7 +52,7 @@ async def _hold_and_fail(cluster: LockCluster, ann: LockClient, bob: LockClient)
         with pytest.raises(LockHeld):  # another task of the same client
             async with ann.lock("a", wait_ms=0):
                 pass
-        over_two_leases = loop.time() + 2.5
+        over_two_leases = loop.time() + 2.1
         await until(lambda: loop.time() > over_two_leases)
         assert not held.lost
         assert await holders(cluster, "a") == ["ann"]
@@ -120,7 +120,7 @@ async def _no_majority(cluster: LockCluster, ann: LockClient) -> None:
     """The lease cannot be kept: the holder learns of it in time, by its own clock."""
 
     async def hold() -> None:
-        async with ann.lock("m", ttl_ms=3_000):
+        async with ann.lock("m", ttl_ms=1_500):
             cluster.power_cut()
             await asyncio.Event().wait()
 

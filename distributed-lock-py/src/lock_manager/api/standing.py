@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lock_manager.api.directory import Directory
 from lock_manager.core.raft import Role
 from lock_manager.core.raft.core import RaftCore
 
@@ -16,14 +17,24 @@ def standing(core: RaftCore) -> dict[str, object]:
     }
 
 
-def progress_of(core: RaftCore, position: int) -> dict[str, object]:
-    """What a leader knows of a peer; empty for others and for itself."""
-    for peer in core.progress():
-        if peer.node_id == position:
-            return {
+def peers(core: RaftCore, directory: Directory, reached: frozenset[int]) -> list[dict[str, object]]:
+    """One row for each member; on the leader also with what it knows of its progress."""
+    progress = {peer.node_id: peer for peer in core.progress()}
+    rows: list[dict[str, object]] = []
+    for member in core.configuration.members:
+        row: dict[str, object] = {
+            "id": directory.name(member.node_id),
+            "position": member.node_id,
+            "voter": member.voter,
+            "http_addr": directory.http_addr(member),
+            "connected": member.node_id in reached,
+        }
+        if (peer := progress.get(member.node_id)) is not None:
+            row |= {
                 "match_index": peer.match_index,
                 "next_index": peer.next_index,
                 "replication": peer.state.value,
                 "silent_ms": peer.silent_ms,
             }
-    return {}
+        rows.append(row)
+    return rows
