@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 AnyMessage = PeerMessage | NodeMessage
 TICK_S = 0.01
 CORE_TICK_MS = 50
+WATCH_MS = 200
 BATCHES_IN_FLIGHT = 1
 BATCH_BYTES = 4 << 20
 RESTORE_AT_ONCE = 500
@@ -393,7 +394,7 @@ class Node:
 
     async def _tick_loop(self) -> None:
         loop = asyncio.get_running_loop()
-        core_due_ms = 0
+        core_due_ms = watch_due_ms = 0
         while True:
             now_ms = monotonic_ms()
             if now_ms >= core_due_ms:
@@ -402,6 +403,9 @@ class Node:
                 self._pass_leases_on(now_ms)
                 self.apply(self.replicator.tick(now_ms))
             loop_s = loop.time()
+            if now_ms >= watch_due_ms:
+                watch_due_ms = now_ms + WATCH_MS
+                self.router.watch_owners(loop_s)
             cluster_ms = self.cluster_ms()
             for host in list(self._timed):
                 if host.ended or not host.tick(loop_s, cluster_ms):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ FORWARD_S = 1.85
 """How long an answer may take, beyond what the client asked to wait."""
 _LOOK_AGAIN_S = 0.05
 _LATE_S = 0.2
+HANDOVER_S = 1.5
+"""Longer than a partition needs to get a new owner, planned or not."""
 MAX_CHAIN = 16
 MAX_TOLD = 1024
 _partition_of = lru_cache(maxsize=65536)(partition_of)
@@ -56,6 +59,8 @@ class Router:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.forwards = Forwards(node.send)
+        # At the start all have been without one for ever.
+        self._ownerless_since = dict.fromkeys(range(PARTITIONS), -math.inf)
         self._told: dict[str, int] = {}
         """Queue -> the owner that the log named last."""
 
@@ -336,15 +341,26 @@ class Router:
 
     def not_ready_because(self) -> str | None:
         """See `api.keys.Service`."""
-        node = self._node
-        if node.stopping:
+        if self._node.stopping:
             return "stopping"
-        absent = sum(
-            node.replicator.owner(p) is None
-            or (node.owns(p) and (p not in node.hosts or not node.may_serve(p)))
-            for p in range(PARTITIONS)
-        )
+        if not self._ownerless_since:
+            return None
+        now_s = asyncio.get_running_loop().time()
+        absent = sum(now_s - since > HANDOVER_S for since in self._ownerless_since.values())
         return f"{absent} of {PARTITIONS} partitions have no owner" if absent else None
+
+    def watch_owners(self, now_s: float) -> None:
+        """Note which partitions are without an owner, and since when. A planned hand-over leaves
+        one alone for a moment: that is no reason to send clients away."""
+        node = self._node
+        since = self._ownerless_since
+        for p in range(PARTITIONS):
+            owner = node.replicator.owner(p)
+            here = owner == node.config.position
+            if owner is None or (here and (p not in node.hosts or not node.may_serve(p))):
+                since.setdefault(p, now_s)
+            else:
+                since.pop(p, None)
 
 
 def target_of(op: Operation) -> int | None:
