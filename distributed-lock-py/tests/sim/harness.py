@@ -12,5 +12,6 @@ for path in (HERE, HERE.parent.parent / "src"):
 
 from lock_harness import LOCK  # noqa: E402 - the paths come first
 from register_harness import FIVE, MEMBERSHIP, RAFT  # noqa: E402 - the paths come first
+from wipe_harness import WIPE  # noqa: E402 - the paths come first
 
-__all__ = ["FIVE", "LOCK", "MEMBERSHIP", "RAFT"]
+__all__ = ["FIVE", "LOCK", "MEMBERSHIP", "RAFT", "WIPE"]

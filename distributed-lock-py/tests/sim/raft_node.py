@@ -94,14 +94,21 @@ class RaftNode:
             entries=entries,
         )
         assert not entries or entries[0].index == self._first_index
+        self._prepare(restored)
         self.checker.started(self._me, DiskImage(restored))
         self.core = RaftCore(self.config, restored, self.host.rng.randrange, self.host.now_ms())
         self._flush()
+
+    def _prepare(self, restored: Restored) -> None:
+        """For nodes that do more: the disk was read, the core is about to be made."""
 
     def on_message(self, source: str, message: Message) -> None:
         assert message.sender == number(source)
         self.core.step(message, self.host.now_ms())
         self._flush()
+
+    def _send(self, message: Message) -> None:
+        self.host.send(f"n{message.to}", message)
 
     def on_timer(self, name: str) -> None:
         self._deadline = None
@@ -158,7 +165,7 @@ class RaftNode:
             effects = core.drain()
             self.checker.drained(self._me, core, effects)
             for message in effects.messages:
-                self.host.send(f"n{message.to}", message)
+                self._send(message)
             if effects.persist is not None:
                 self._queued.append(effects.persist)
                 self._write_queued()

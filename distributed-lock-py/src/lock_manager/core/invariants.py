@@ -138,6 +138,7 @@ class RaftChecker:
         self.committed_term = 0
         self.committed_by_term = 0
         self.committed_in = Configuration()
+        self._lost: dict[int, DiskImage] = {}  # the last disk of a node that lost it
         self._seen: dict[int, tuple[int, int]] = {}  # node -> (term, commit index) of this life
         self._asked: dict[tuple[int, int], int] = {}  # (node, read id) -> commit index when asked
 
@@ -147,6 +148,13 @@ class RaftChecker:
         """A node starts (again) from `disk`, the image of what is surely durable there."""
         self.disks[node] = disk
         self._seen.pop(node, None)
+
+    def wiped(self, node: int) -> None:
+        """The node lost its disk: it may vote as if for the first time, for nobody counts its
+        votes. What it had stored counts as durable where it was counted: others may not count on
+        it now."""
+        self.votes = {key: vote for key, vote in self.votes.items() if key[0] != node}
+        self._lost[node] = self.disks[node]
 
     def asked(self, node: int, read_id: int) -> None:
         """A linearizable read begins: it must see all that is committed by now."""
@@ -260,8 +268,11 @@ class RaftChecker:
         holding = sum(
             1
             for voter in voters
-            if voter in self.disks
-            and self.disks[voter].holds(self.committed_index, self.committed_term)
+            if any(
+                disk.holds(self.committed_index, self.committed_term)
+                for disk in (self.disks.get(voter), self._lost.get(voter))
+                if disk is not None
+            )
         )
         _demand(
             holding >= majority(len(voters)),
