@@ -101,6 +101,8 @@ class Node:
         static = self._static.get(plain_hash(token))
         hashed = token_hash(view.token_key or b"", token)
         found = view.tokens.find(hashed, wall_ms())
+        if found is not None and self.engine.state.ambiguous():
+            found = view.head_tokens.find(hashed, wall_ms())  # a revocation may be open: it counts
         return static or found
 
     def is_still_valid(self, principal: Principal) -> bool:
@@ -111,7 +113,10 @@ class Node:
         return token is not None and not (token.expires_ms and wall_ms() >= token.expires_ms)
 
     def allows(self, principal: Principal, verb: Verb, key: str) -> bool:
-        return self._view.policies.allows(principal.roles, verb, key)
+        allowed = self._view.policies.allows(principal.roles, verb, key)
+        if allowed and self.engine.state.ambiguous():  # a stricter policy may be open: it counts
+            return self._view.head_policies.allows(principal.roles, verb, key)
+        return allowed
 
     def is_primary_here(self) -> bool:
         return self.engine.state.wished.role is not Role.REPLICA
@@ -122,9 +127,7 @@ class Node:
     # --- reads --------------------------------------------------------------------------------
 
     async def read(self, key: str, version: int | None) -> tuple[int, bytes] | None:
-        """(version, JSON text), or None. Waits up to 1 s while the last write's outcome is open."""
-        if self.engine.state.ambiguous():
-            await self._wait_until_decided(key)
+        """(version, JSON text), or None."""
         if version is None:
             return self._view.current(key, wall_ms())
         state = self._view.state(key)
@@ -134,9 +137,15 @@ class Node:
         text = self._view.value(key, version)
         return None if text is None else (version, text)
 
-    async def _wait_until_decided(self, key: str) -> None:
+    async def settled(self, key: str, *, prefix: bool = False) -> None:
+        """Wait, up to 1 s, while a restart leaves open what was last written to this key (or to
+        keys with this prefix); raises OutcomeUnknown if it stays open."""
+        state = self.engine.state
+        if not state.ambiguous():
+            return
+        is_open = self._view.is_open_under if prefix else self._view.is_open
         deadline = time.monotonic() + OPEN_WAIT_S
-        while self.engine.state.ambiguous() and self._view.is_open(key):
+        while state.ambiguous() and is_open(key, state.shown_seq):
             if time.monotonic() >= deadline:
                 raise plan.OutcomeUnknown("The last write to this key is not decided yet")
             await asyncio.sleep(0.01)

@@ -70,7 +70,9 @@ async def get(request: web.Request) -> web.Response:
     query = read_query(request, GetQuery)
     key = request[AUDITED_KEY] = checked_key(query.key)
     access.require(request, "read", key)
-    found = await request.app[SERVICE].read(key, query.version)
+    service = request.app[SERVICE]
+    await service.settled(key)
+    found = await service.read(key, query.version)
     if found is None:
         raise not_found()
     version, text = found
@@ -181,6 +183,7 @@ async def list_keys(request: web.Request) -> web.Response:
     query = read_query(request, ListQuery)
     prefix = request[AUDITED_KEY] = checked_prefix(query.prefix, "prefix")
     after = checked_prefix(query.after, "after")
+    await request.app[SERVICE].settled(prefix, prefix=True)
     listing = request.app[SERVICE].list_keys(request[PRINCIPAL], prefix, after, query.limit)
     return json_response(listing, headers=_reading(request))
 
@@ -189,6 +192,7 @@ async def history(request: web.Request) -> web.Response:
     query = read_query(request, KeyQuery)
     key = request[AUDITED_KEY] = checked_key(query.key)
     access.require(request, "read", key)
+    await request.app[SERVICE].settled(key)
     versions = request.app[SERVICE].history(key)
     if versions is None:
         raise not_found()

@@ -105,6 +105,7 @@ def start(
         primary.found(state, fx)
     elif durable.role is Role.PRIMARY and durable.in_step:
         state.confirmed = False
+        state.open_seq = last.seq
     elif durable.role is not Role.UNJOINED:
         limit = last.seq if durable.shown_limit is None else durable.shown_limit
         state.shown_seq = max(shown_seq, min(last.seq, limit))

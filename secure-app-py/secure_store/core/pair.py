@@ -121,6 +121,7 @@ class PairState:
     shown_seq: int
     started_ms: int
     confirmed: bool = True  # False: restarted in step, replica not reached yet
+    open_seq: int = 0  # restarted in step: where the log ended; what is not shown of it is open
     making_until_ms: int = 0  # a link is being made; writes wait for it
     barrier_seq: int = 0  # records up to here were appended before the mark became in-step
     sealed: bool = False
@@ -158,8 +159,9 @@ class PairState:
         return self.is_primary and self.wants_replica and not live
 
     def ambiguous(self) -> bool:
-        """Restarted in step: the log's end may or may not be on the replica's disk too."""
-        return self.wished.role is Role.PRIMARY and self.wished.in_step and not self.confirmed
+        """Restarted in step, and the end of the log is not decided anew: it may have been shown
+        before the restart, so reads of what it touches must wait, not go back."""
+        return self.wished.role is Role.PRIMARY and self.shown_seq < self.open_seq
 
 
 def persist(state: PairState, fx: Effects, op: PersistOp) -> int:

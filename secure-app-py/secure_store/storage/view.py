@@ -68,11 +68,12 @@ class View:
         self._cache_bytes = 0
         self.tokens = self._database.load_tokens()
         self.head_tokens = self._database.load_tokens()
-        self.policies = PolicySet()
-        for role, rules in (self._base_roles or {}).items():
-            self.policies.put(role, rules)
-        for policy in self._database.load_policies():
-            self.policies.put(policy.role, policy.rules)
+        self.policies, self.head_policies = PolicySet(), PolicySet()
+        for policies in (self.policies, self.head_policies):
+            for role, rules in (self._base_roles or {}).items():
+                policies.put(role, rules)
+            for policy in self._database.load_policies():
+                policies.put(policy.role, policy.rules)
         self.token_key = self._database.token_key()
 
     # --- what plans see -----------------------------------------------------------------------
@@ -103,12 +104,20 @@ class View:
                     )
                     self._remembered[change.scope_hash] = kept
                     self._remembered_order.append((seq, change.scope_hash))
+                case PutPolicy(role, rules):
+                    self.head_policies.put(role, rules)
                 case _:
                     pass
 
-    def is_open(self, key: str) -> bool:
-        """Whether an appended record about this key waits for its decision (or its application)."""
-        return key in self._head.states and key not in self._shown.states
+    def is_open(self, key: str, shown_seq: int) -> bool:
+        """Whether a record about this key is appended and not decided."""
+        found = self._head.states.get(key)
+        return found is not None and found[1] > shown_seq
+
+    def is_open_under(self, prefix: str, shown_seq: int) -> bool:
+        """The same of any key with this prefix."""
+        states = self._head.states.items()
+        return any(seq > shown_seq and key.startswith(prefix) for key, (_, seq) in states)
 
     # --- what reads see -----------------------------------------------------------------------
 

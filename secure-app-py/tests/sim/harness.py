@@ -448,6 +448,8 @@ class PairHarness(Harness[SimNode]):
         self.shown_hash: dict[int, bytes] = {}
         self.last_shown: dict[str, int] = {}
         self.forced = False
+        self.newest_epoch = 0
+        self.read_seq = 0
 
     def build(self, host: Host) -> SimNode:
         return SimNode(host, self)
@@ -504,6 +506,18 @@ class PairHarness(Harness[SimNode]):
             check_node(states[name])
             check_early_sends(states[name])
         check_pair(states)
+        if name in states and not self.forced:
+            self.check_reads(states[name])
+
+    def check_reads(self, state: PairState) -> None:
+        """What the primary of the newest epoch lets reads see never goes back, restarts included
+        (while its log's end is open, reads of it wait)."""
+        if not state.is_primary or state.ambiguous():
+            return
+        self.newest_epoch = max(self.newest_epoch, state.durable.epoch)
+        if state.durable.epoch == self.newest_epoch:
+            assert state.shown_seq >= self.read_seq, "a read went back in time"
+            self.read_seq = state.shown_seq
 
     async def writer(self, me: str) -> None:
         world = self.world

@@ -223,7 +223,9 @@ def test_reads_see_what_is_shown_and_plans_what_is_appended(tmp_path: Path) -> N
     view.append((change,), 10)
     assert view.current("a", 100) == (2, b"2")
     assert view.head_state("a").newest.number == 3
-    assert view.is_open("a")
+    assert view.is_open("a", 9)
+    assert view.is_open_under("", 9)
+    assert not view.is_open("a", 10)
     view.show((change,), 10)
     assert view.current("a", 100) == (3, b"3")
     assert list(view.scan("", "", 100)) == ["a"]
