@@ -1,167 +1,137 @@
-"""How fast are three nodes on this machine? `python bench/run.py [--seconds 3] [--runs 3]`
+"""How fast is the lock manager on this machine, beside its peers? See README.md here.
 
-Starts a durable three-node cluster on free ports, drives it with a lean client from a process of
-its own, prints medians over the runs, and stops it. Figures from different machines or different
-days do not compare; ratios within one run do.
+Starts three nodes of ours and of each peer that is installed, drives them in turn with the same
+work, prints medians and ratios, and stops everything. Figures of different machines or days do not
+compare; ratios within one run do.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import json
-import socket
-import statistics
-import subprocess
+import os
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from lean_client import LeanClient
 
-MAIN = Path(__file__).resolve().parents[1] / "src" / "main.py"
+import etcd
+import growth
+import side_by_side
+import syncobj
+import zookeeper
+from contender import Contender
+from ours import Ours
+from outage import after_hang
+from report import figure, median_of, table
 
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-@contextlib.contextmanager
-def cluster(size: int, flags: list[str]) -> Iterator[list[str]]:
-    """Yields the nodes' HTTP addresses, the leader's first."""
-    ports = free_ports(2 * size)
-    raft = [f"127.0.0.1:{port}" for port in ports[:size]]
-    http = [f"127.0.0.1:{port}" for port in ports[size:]]
-    with tempfile.TemporaryDirectory(prefix="lock-bench-", dir=Path.cwd()) as scratch:
-        nodes = [
-            subprocess.Popen(
-                [sys.executable, str(MAIN), f"--id=node{i}", f"--raft_addr={raft[i]}",
-                 f"--http_addr={http[i]}", f"--peers={','.join(raft)}",
-                 f"--peer_http_addrs={','.join(http)}", f"--data_dir={scratch}/node{i}", *flags],
-                stderr=subprocess.DEVNULL,
-            )
-            for i in range(size)
-        ]  # fmt: skip
-        try:
-            leader = wait_for_leader(http)
-            yield [leader, *(address for address in http if address != leader)]
-        finally:
-            for node in nodes:
-                node.kill()
-                node.wait()
+PEERS: dict[str, tuple[Callable[[], bool], Callable[[Path], Contender]]] = {
+    "etcd": (etcd.installed, etcd.Etcd),
+    "zookeeper": (zookeeper.installed, zookeeper.ZooKeeper),
+    "pysyncobj": (syncobj.installed, syncobj.SyncObj),
+}
+PARTS = ("speed", "outage", "nodes", "locks")
 
 
-def wait_for_leader(http: list[str]) -> str:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        for address in http:
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                status = json.load(urllib.request.urlopen(f"http://{address}/status", timeout=1))
-                if status["state"] == "LEADER" and status["applied_index"] > 1:
-                    return address
-        time.sleep(0.05)
-    raise SystemExit("no leader within 20 s")
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--peers", default=",".join(PEERS), help="which to compare with, or none")
+    parser.add_argument("--parts", default="speed,outage", help=f"of {','.join(PARTS)}, or all")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per measurement (3)")
+    parser.add_argument("--runs", type=int, default=3, help="rounds; medians are shown (3)")
+    parser.add_argument("--kills", type=int, default=20, help="leaders to kill, ours (20)")
+    parser.add_argument("--peer_kills", type=int, default=3, help="of each peer (3)")
+    parser.add_argument("--held", default="1000,10000,100000", help="steps of --parts locks")
+    parser.add_argument("--nodes", default="3,5,7", help="sizes of --parts nodes")
+    return parser.parse_args()
 
 
-class Load:
-    """Counts what was done, and how long each took, until the time is over."""
-
-    def __init__(self, address: str, seconds: float) -> None:
-        self.address = address
-        self.seconds = seconds
-        self.took: list[float] = []
-
-    async def drive(self, clients: int, work: Callable[[LeanClient, int], Awaitable[None]]) -> None:
-        connections = [await LeanClient.connect(self.address) for _ in range(clients)]
-        self._until = time.perf_counter() + self.seconds
-        await asyncio.gather(*(self._loop(c, i, work) for i, c in enumerate(connections)))
-        for connection in connections:
-            connection.close()
-
-    async def _loop(
-        self, client: LeanClient, number: int, work: Callable[[LeanClient, int], Awaitable[None]]
-    ) -> None:
-        while (began := time.perf_counter()) < self._until:
-            await work(client, number)
-            self.took.append(time.perf_counter() - began)
-
-    @property
-    def per_second(self) -> float:
-        return len(self.took) / self.seconds
-
-    @property
-    def p50_ms(self) -> float:
-        return statistics.median(self.took) * 1000
+def chosen_peers(names: str, scratch: Path) -> list[Contender]:
+    found: list[Contender] = []
+    for name in () if names == "none" else names.split(","):
+        if name not in PEERS:
+            raise SystemExit(f"--peers: expected some of {','.join(PEERS)}, or none; got {name!r}")
+        installed, make = PEERS[name]
+        if installed():
+            found.append(make(scratch))
+        else:
+            print(f"{name} is not installed: left out", file=sys.stderr)
+    return found
 
 
-async def pair(client: LeanClient, number: int, lock: str | None = None) -> None:
-    name = lock or f"lock-{number}"
-    body = b'{"lock_name":"%s","client_id":"c%d"}' % (name.encode(), number)
-    for path in (b"/acquire", b"/release"):
-        status, answer = await client.post(path, body)
-        if status != 200:
-            raise SystemExit(f"{path.decode()}: {status} {answer.decode()}")
+def compare(options: argparse.Namespace, parts: set[str], scratch: Path) -> None:
+    contenders: list[Contender] = [Ours(scratch), *chosen_peers(options.peers, scratch)]
+    with contextlib.ExitStack() as stack:
+        for contender in contenders:
+            stack.callback(contender.stop)
+            contender.start()
+        for contender in contenders:
+            print(f"* {contender.name}: {contender.note}")
+        if "speed" in parts:
+            results = side_by_side.measure(contenders, scratch, options.seconds, options.runs)
+            print("\n" + side_by_side.as_table(contenders, results) + "\n", flush=True)
+        if "outage" in parts:
+            show_outages(options, contenders)
 
 
-async def hand_over(client: LeanClient, number: int) -> None:
-    await pair(client, number, "hot")
+def show_outages(options: argparse.Namespace, contenders: list[Contender]) -> None:
+    ours = contenders[0]
+    rows = side_by_side.outages(
+        contenders, lambda one: options.kills if one is ours else options.peer_kills
+    )
+    named = [(f"{name}, kill -9 of the leader", found) for name, found in rows]
+    if isinstance(ours, Ours) and hasattr(os, "kill") and sys.platform != "win32":
+        hangs = [after_hang(ours) for _ in range(min(5, options.kills))]
+        named.append(("ours, leader hung (SIGSTOP)", hangs))
+    shown = [[name, str(len(found)), median_of(found), figure(max(found))] for name, found in named]
+    print(table(["seconds without service", "times", "median (spread)", "worst"], shown) + "\n")
 
 
-async def read(client: LeanClient, number: int) -> None:
-    status, answer = await client.get(b"/locks/lock-%d" % number)
-    if status != 200:
-        raise SystemExit(f"/locks: {status} {answer.decode()}")
+def show_nodes(options: argparse.Namespace, scratch: Path) -> None:
+    sizes = tuple(int(size) for size in options.nodes.split(","))
+    rows = [
+        [str(size), figure(alone.p50_ms), figure(many.per_second), figure(many.server_cpu_us)]
+        for size, alone, many in growth.by_nodes(scratch, sizes, options.seconds)
+    ]
+    heads = ["nodes", "pair p50 alone, ms", "pairs/s, 32 clients", "CPU of all a pair, us"]
+    print(table(heads, rows) + "\n", flush=True)
 
 
-MEASURES = (
-    ("acquire+release pairs/s, 32 clients, own locks", 32, pair, "per_second"),
-    ("the same, 1 client, p50 ms", 1, pair, "p50_ms"),
-    ("hand-overs/s, 8 clients, one lock", 8, hand_over, "per_second"),
-    ("linearizable reads/s, 32 clients", 32, read, "per_second"),
-)
-
-
-def measure(seconds: float, runs: int, size: int, flags: list[str]) -> None:
-    results: dict[str, list[float]] = {name: [] for name, *_ in MEASURES}
-    for _ in range(runs):
-        with cluster(size, flags) as addresses:
-            for name, clients, work, figure in MEASURES:
-                load = Load(addresses[0], seconds)
-                with asyncio.Runner(loop_factory=fast_loop()) as runner:
-                    runner.run(load.drive(clients, work))
-                results[name].append(getattr(load, figure))
-    for name, values in results.items():
-        spread = f"({min(values):,.2f} to {max(values):,.2f})"
-        print(f"{name:52} {statistics.median(values):10,.2f} {spread}")
-
-
-def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
+def show_locks(options: argparse.Namespace, scratch: Path) -> None:
+    steps = tuple(int(step) for step in options.held.split(","))
+    rows = [
+        [
+            f"{row.locks:,}", figure(row.bytes_a_lock), figure(row.pair_p50_ms),
+            figure(row.pairs_per_second), figure(row.snapshots_ms),
+            figure(row.longest_ms), figure(row.calm_longest_ms),
+        ]
+        for row in growth.by_locks(scratch, steps, options.seconds)
+    ]  # fmt: skip
+    heads = [
+        "locks held", "bytes a lock", "pair p50 alone, ms", "pairs/s, 32 clients",
+        "all snapshots within, ms", "longest request meanwhile, ms", "and in calm, ms",
+    ]  # fmt: skip
+    print(table(heads, rows) + "\n", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=3.0, help="per measurement (default 3)")
-    parser.add_argument("--runs", type=int, default=3, help="clusters to measure (default 3)")
-    parser.add_argument("--nodes", type=int, default=3, help="nodes in the cluster (default 3)")
-    arguments, flags = parser.parse_known_args()
-    measure(arguments.seconds, arguments.runs, arguments.nodes, flags)
+    options = arguments()
+    parts = set(PARTS if options.parts == "all" else options.parts.split(","))
+    if unknown := parts - set(PARTS):
+        raise SystemExit(f"--parts: expected some of {','.join(PARTS)}; got {','.join(unknown)}")
+    load = os.getloadavg() if hasattr(os, "getloadavg") else (0.0, 0.0, 0.0)
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores, load before {load[0]:.1f}")
+    with tempfile.TemporaryDirectory(prefix="lock-bench-", dir=Path.cwd()) as directory:
+        scratch = Path(directory)
+        if parts & {"speed", "outage"}:
+            compare(options, parts, scratch)
+        if "nodes" in parts:
+            show_nodes(options, scratch)
+        if "locks" in parts:
+            show_locks(options, scratch)
 
 
 if __name__ == "__main__":
