@@ -101,6 +101,7 @@ class Node:
         self._clock = ClusterClock()
         self._desk = Desk()
         self._reads = Reads()
+        self._begun_term = 0  # the last one that this node led
         self._logged_ms = 0  # cluster time of the last stamp that this leader proposed
         self._writer: snapshot.SnapshotWriter | None = None
         self._flush_scheduled = False
@@ -213,6 +214,8 @@ class Node:
             if self._desk.has_mail:
                 self._desk.refuse_mail(self.operators.elsewhere())
             return
+        if self._begun_term != self._core.term:
+            self._begin_term()
         cluster_ms = self._clock.observe(self._now_ms())
         self._core.advance_stamp(cluster_ms)
         while self._desk.has_mail and self._may_propose():
@@ -228,6 +231,14 @@ class Node:
         return not under_way or (
             under_way < BATCHES_UNDER_WAY and self._desk.commands_under_way <= SMALL_BATCH
         )
+
+    def _begin_term(self) -> None:
+        """Go on with cluster time; and before any other command of this term, also of requests
+        that came in the turn of the election, tell the machine that there is a new leader."""
+        self._begun_term = self._core.term
+        self._clock.lead(max(self._core.stamp_ms, self._machine.now_ms), self._now_ms())
+        self._logged_ms = self._clock.now_ms
+        self._desk.put_back([Pending(LeaderStarted(), None)])
 
     def _stamp_due_ms(self) -> int | None:
         """When the log needs the time though nobody asks for anything; None: it does not, or a
@@ -314,7 +325,8 @@ class Node:
             case SteppedDown(term, reason):
                 log.warning("no longer leader of term %d: %s", term, reason)
                 self._metrics.leaderships_lost += 1
-                self._clock.follow()
+                if not self._leads:
+                    self._clock.follow()
                 self._give_up_leadership()
             case LeaderChanged(term, leader_id):
                 name = self._directory.name(leader_id) if leader_id is not None else None
@@ -337,10 +349,6 @@ class Node:
         log.info("starting heartbeats every %d ms", self._config.heartbeat_ms)
         self._metrics.elections_won += 1
         self._events.publish("elected", term=note.term, leader_id=self._config.node_id)
-        self._clock.lead(max(self._core.stamp_ms, self._machine.now_ms), self._now_ms())
-        self._logged_ms = self._clock.now_ms
-        self._desk.submit(LeaderStarted(), None)
-        self._propose()
         self._record_members()
 
     def _give_up_leadership(self) -> None:
@@ -431,6 +439,7 @@ class Node:
 
     def status(self) -> dict[str, object]:
         leader_id, leader = self._leader()
+        reached = self.links.connected if self.links is not None else frozenset()
         return {
             **standing(self._core),
             "id": self._config.node_id,
@@ -440,14 +449,8 @@ class Node:
             "cluster_time_ms": self._cluster_ms(),
             "locks": len(self._machine.table.locks),
             "waiters": len(self._machine.table.waiters),
-            "peers": peers(self._core, self._directory, self._reached),
+            "peers": peers(self._core, self._directory, reached | {self._config.position}),
         }
-
-    @property
-    def _reached(self) -> frozenset[int]:
-        """Positions that this node can send to, itself included."""
-        up = self.links.connected if self.links is not None else frozenset()
-        return up | {self._config.position}
 
     def measure(self) -> Metrics:
         metrics = self._metrics
