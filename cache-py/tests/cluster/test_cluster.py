@@ -16,7 +16,7 @@ from testkit.cluster import Cluster, Reply
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from nodes import LEASE_MS, Recorder, argv, linked, until
+from cache_nodes import LEASE_MS, Recorder, argv, linked, until
 
 pytestmark = pytest.mark.cluster
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # testkit
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mesi_cache
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from table import Inconclusive, Table, Test
+from litmus_table import Inconclusive, Table, Test
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
 CHUNK = 500

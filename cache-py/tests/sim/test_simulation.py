@@ -31,7 +31,7 @@ pytestmark = pytest.mark.sim
 
 
 def test_races_partitions_pauses_and_kills_never_show_an_old_value() -> None:
-    coverage = many(harness.RACES, seeds(60))
+    coverage = many(harness.RACES, seeds(50))
     for happening in (
         "line IS_D inv",  # an invalidation overtakes its grant …
         "line IS_D_I data_dead",  # … whose data may then be used only once
@@ -65,7 +65,7 @@ def test_races_partitions_pauses_and_kills_never_show_an_old_value() -> None:
 
 
 def test_a_power_cut_at_any_time_loses_nothing_that_was_acknowledged() -> None:
-    coverage = many(harness.POWER, seeds(40))
+    coverage = many(harness.POWER, seeds(30))
     for happening in ("fault_crash", "fault_power_cut", "fault_stop", "line M commit"):
         coverage.require(happening, 10)
 
