@@ -90,13 +90,15 @@ def acquire(client: str, wait_ms: int = 10_000) -> Acquire:
 async def test_a_term_begins_with_its_leader_even_before_requests_of_the_same_turn(
     alone: Alone,
 ) -> None:
-    node, early = alone.node, []
+    node = alone.node
+    early: list[asyncio.Future[Any]] = []
     persisted = node._on_persisted
 
     def won_and_asked_at_once(seq: int) -> None:
         persisted(seq)
         if node._core.role is Role.LEADER and not early:
-            early.append(asyncio.ensure_future(node.execute(acquire("ann"))))
+            early.append(asyncio.get_running_loop().create_future())
+            node.begin(acquire("ann"), early[0])
 
     node._on_persisted = won_and_asked_at_once  # type: ignore[method-assign]
     alone.start()
