@@ -246,9 +246,6 @@ class LockHarness(Harness[LockNode]):
         for client in range(4):
             self.world.spawn(self.client(f"c{client}"))
 
-    def check(self, name: str) -> None:
-        self.checker.check_durable()
-
     # ------------------------------------------------------------------------------------- clients
 
     async def client(self, me: str) -> None:

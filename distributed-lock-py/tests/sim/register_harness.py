@@ -89,9 +89,6 @@ class RegisterHarness(Harness[RaftNode]):
         if self.operator_every_ms:
             self.world.spawn(self.operator())
 
-    def check(self, name: str) -> None:
-        self.checker.check_durable()
-
     # ------------------------------------------------------------------------------------- clients
 
     async def client(self, me: str) -> None:

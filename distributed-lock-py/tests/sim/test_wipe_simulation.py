@@ -1,4 +1,4 @@
-"""Lost disks in simulation: what was committed survives them, for nobody counts on an empty node."""
+"""Lost disks in simulation: committed entries survive, for nobody counts on an empty node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.sim
 
 
 def test_a_node_without_its_disk_counts_for_nothing_until_it_was_added_again() -> None:
-    count = seeds(30)
+    count = seeds(20)
     coverage = many(WIPE, count)
     coverage.require("wiped disks", len(count))
     coverage.require("disks replaced", len(count))

@@ -148,6 +148,7 @@ class RaftChecker:
         """A node starts (again) from `disk`, the image of what is surely durable there."""
         self.disks[node] = disk
         self._seen.pop(node, None)
+        self.check_durable()
 
     def wiped(self, node: int) -> None:
         """The node lost its disk: it may vote as if for the first time, for nobody counts its
@@ -172,6 +173,8 @@ class RaftChecker:
             _demand(vote == after.voted_for, f"node {node} voted twice in term {after.term}")
         elif after.term == before.term:
             _demand(before.voted_for is None, "the stored vote was cleared within its term")
+        if write.truncate_from is not None or write.snapshot is not None:
+            self.check_durable()  # nothing else takes anything from a disk
 
     def drained(self, node: int, core: RaftCore, effects: Effects) -> None:
         """One drain of a node, before anything of it is carried out."""
