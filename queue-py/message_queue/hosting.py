@@ -254,13 +254,15 @@ class Host:
         loop = asyncio.get_running_loop()
         asked: asyncio.Future[Answer | None] = loop.create_future()
         self._asked[token] = asked
-        self._due.append((loop.time() + ANSWER_WITHIN_S, token))
+        began_s = loop.time()
+        self._due.append((began_s + ANSWER_WITHIN_S, token))
         self.around.flush_soon(self)
         self.around.time_matters(self)
         try:
             return await asked
         finally:
             self._asked.pop(token, None)
+            self.metrics.stored_ms.observe((loop.time() - began_s) * 1000)
 
     # ── what the owner decided ──────────────────────────────────────────────────────────────────
 

@@ -58,7 +58,8 @@ class Metrics:
     peers_connected: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     """How often the replication said what (elections, losses, …)."""
-    request_ms: Latency = field(default_factory=Latency)
+    stored_ms: Latency = field(default_factory=Latency)
+    """From the owner's side: asked to stored on a majority (produce, ack, settings)."""
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -76,7 +77,7 @@ class Metrics:
             "peer_messages_dropped": self.peer_messages_dropped,
             "peers_connected": self.peers_connected,
             "replication": dict(sorted(self.notes.items())),
-            "latency_ms": {"request": self.request_ms.percentiles()},
+            "latency_ms": {"stored": self.stored_ms.percentiles()},
         }
 
     def as_prometheus(self) -> bytes:
@@ -106,6 +107,6 @@ class _Scrape(Collector):
         latency = GaugeMetricFamily(
             f"{PREFIX}_latency_ms", "recent latency", labels=["of", "quantile"]
         )
-        for quantile, ms in self._metrics.request_ms.percentiles().items():
-            latency.add_metric(["request", quantile], ms)
+        for quantile, ms in self._metrics.stored_ms.percentiles().items():
+            latency.add_metric(["stored", quantile], ms)
         yield latency

@@ -110,9 +110,12 @@ def _from_aiohttp(request: web.Request, e: web.HTTPException) -> web.StreamRespo
 
 def _error_response(request: web.Request, e: ApiError) -> web.Response:
     if "application/problem+json" in request.headers.get("Accept", ""):
+        # The RFC uses two of our names itself: its status is the number, its detail the error.
+        renamed = {"status": "code", "detail": "hint"}
+        details = {renamed.get(name, name): value for name, value in e.details.items()}
         problem = {
-            "type": "about:blank", "title": HTTPStatus(e.status).phrase, "status": e.status,
-            "detail": e.error, "instance": request.path, **e.details,
+            **details, "type": "about:blank", "title": HTTPStatus(e.status).phrase,
+            "status": e.status, "detail": e.error, "instance": request.path,
         }  # fmt: skip
         return web.Response(
             body=_encode(problem),

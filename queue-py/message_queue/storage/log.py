@@ -140,6 +140,7 @@ class SegmentLog(Generic[T]):
         self._synced_size = 0
         self._writer: asyncio.Task[None] | None = None
         self._minder: asyncio.Task[None] | None = None
+        self._rotate = False
         self._closing = False
         self._halted = False
         # One thread writes, one reads: a slow read of an old segment never delays a commit.
@@ -201,6 +202,11 @@ class SegmentLog(Generic[T]):
         await unlink(
             segment_path(self.directory, segment), missing_ok=True, executor=self._read_thread
         )
+
+    async def has_room(self, size: int) -> bool:
+        """Whether `size` more bytes leave the disk with room to spare."""
+        free = await wrap(files.free_bytes)(self.directory, executor=self._read_thread)
+        return free > 2 * size + self._reserve_bytes
 
     @property
     def segment(self) -> int:
@@ -293,7 +299,9 @@ class SegmentLog(Generic[T]):
 
     def _would_overflow(self, more: int) -> bool:
         size = self.sizes[self._segment]
-        return size > len(HEADER) and size + more > self.segment_bytes
+        # On a full disk a fresh segment lets the present one be given back when it is acked.
+        too_long = size + more > self.segment_bytes or self._rotate
+        return size > len(HEADER) and too_long
 
     def _write_and_sync_blocking(self, descriptor: int, data: bytes) -> None:
         files.write_all(descriptor, data)
@@ -323,6 +331,7 @@ class SegmentLog(Generic[T]):
             await wrap(Path.unlink)(path, missing_ok=True, executor=self._write_thread)
             raise OSError(getattr(failure, "errno", None) or errno.EIO, str(failure)) from failure
         self._file, self._segment = file, number
+        self._rotate = False
         self.sizes[number] = self._synced_size = len(HEADER)
 
     async def _abandon(self) -> None:
@@ -405,6 +414,7 @@ class SegmentLog(Generic[T]):
     def _set_trouble(self, trouble: Trouble | None) -> None:
         if trouble is not self.trouble:
             self.trouble = trouble
+            self._rotate = trouble is not None
             self._on_trouble(trouble)
 
 

@@ -51,6 +51,7 @@ _REWRITE_BELOW = 0.5
 """A segment is rewritten when less than this share of its puts is still needed."""
 _MOVE_BYTES = 512 * 1024
 _MANY_SEGMENTS = 32
+_FRUITLESS_PAUSE_S = 30.0
 _CACHED_BYTES = 8 << 20
 
 Body = tuple[int, int, bytes, bytes]
@@ -293,13 +294,21 @@ class Store:
     # ── compaction ──────────────────────────────────────────────────────────────────────────────
 
     async def _compact_loop(self) -> None:
+        pause_s = COMPACT_CHECK_S
         while True:
-            await asyncio.sleep(COMPACT_CHECK_S)
-            if self._quarantine or self._worth_it():
-                try:
-                    await self.compact()
-                except OSError as failure:
-                    log.warning("compaction put off: %s", failure)
+            await asyncio.sleep(pause_s)
+            pause_s = COMPACT_CHECK_S
+            if not (self._quarantine or self._worth_it()):
+                continue
+            before = sum(self._log.sizes.values())
+            try:
+                await self.compact()
+            except OSError as failure:
+                log.warning("compaction put off: %s", failure)
+            fruitless = sum(self._log.sizes.values()) > 0.9 * before
+            if fruitless and self.trouble is None:
+                # It gained next to nothing (a limit on file sizes keeps segments small, say).
+                pause_s = _FRUITLESS_PAUSE_S
 
     def _shares(self) -> dict[int, float]:
         """Closed segment -> share of its puts that is still needed."""
@@ -314,8 +323,11 @@ class Store:
         needed = sum(self._log.sizes[s] * share for s, share in shares.items())
         total = sum(self._log.sizes[s] for s in shares)
         # At most half of a large log is waste; restarts leave small segments, which add up too.
-        many = len(shares) > _MANY_SEGMENTS + 2 * needed // self._log.segment_bytes
-        return many or total - needed > max(self._log.segment_bytes, needed)
+        many = len(shares) > _MANY_SEGMENTS + 4 * needed // self._log.segment_bytes
+        wasted = total - needed
+        if self.trouble is not None:
+            return wasted > total / 10
+        return many or wasted > max(self._log.segment_bytes, needed)
 
     async def compact(self) -> None:
         """One round: checkpoint everything, then delete and rewrite closed segments. May be
@@ -330,8 +342,10 @@ class Store:
         for segment in closed:
             live = self._index.live.get(segment, 0)
             share = live / max(1, self._totals.get(segment, 0))
-            small = self._log.sizes[segment] * 8 < self._log.segment_bytes
-            if live and (share < _REWRITE_BELOW or small or segment in quarantined):
+            small = self._log.sizes[segment] * 2 < self._log.segment_bytes
+            wanted = live and (share < _REWRITE_BELOW or small or segment in quarantined)
+            # On a full disk, copies would take the room that acks need.
+            if wanted and await self._log.has_room(int(self._log.sizes[segment] * share)):
                 await self._rewrite(segment)
             if not self._index.live.get(segment):
                 await self._remove(segment, keep=segment in quarantined)

@@ -43,7 +43,7 @@ async def test_a_full_disk_refuses_messages_takes_acks_and_recovers(
 ) -> None:
     queue = queue_owned_by(0)
     big = "x" * 200_000
-    async with queue_cluster(tmp_path, flags=("--segment_bytes=1048576",)) as cluster:
+    async with queue_cluster(tmp_path) as cluster:
         async with cluster.client(0) as client:
             await until("node 0 owns the queue", lambda: owned_by_first(client, queue))
             ids = []
