@@ -248,7 +248,7 @@ class Engine:
         if fx.send:
             self._send(fx.send)
         for link, why in fx.close:
-            log.info("closing the link to the other node: %s", why)
+            log.debug("closing the link to the other node: %s", why)
             if self.links is not None:
                 self.links.close(link)
         for fetch in fx.fetch:

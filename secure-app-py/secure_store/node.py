@@ -80,6 +80,7 @@ class Node:
         self._anchors: Anchors | None = None
         self._head_waiting: AuditHead | None = None
         self._keeping: asyncio.Task[None] | None = None
+        self._anchor_complaint = ""
         self._public_key = keyring.signer.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         self._hmac_keys = config.audit_keys == "hmac"
 
@@ -279,7 +280,9 @@ class Node:
             try:
                 await asyncio.to_thread(self._keep_head, message)
             except (AnchorError, OSError, ValueError) as e:
-                log.error("the other node's audit head was not kept: %s", e)
+                if str(e) != self._anchor_complaint:
+                    self._anchor_complaint = str(e)
+                    log.error("the other node's audit head was not kept: %s", e)
                 return
             await asyncio.sleep(0.1)
 

@@ -127,6 +127,7 @@ class PairState:
     sealed: bool = False
     leaving: int | None = None
     refused: str = ""  # why this pair cannot work; writes are refused with it
+    turned_away: str = ""  # the last reason said to a node that called itself primary
     session: Session | None = None
     last_contact_ms: int | None = None
     numbers: int = 0  # persist operations handed out

@@ -64,12 +64,15 @@ def on_hello(state: PairState, fx: Effects, link: int, hello: Hello, now_ms: int
 def turn_away(state: PairState, fx: Effects, link: int, reason: str) -> None:
     fx.send.append((link, Refuse(reason, state.wished.epoch)))
     fx.close.append((link, reason))
-    fx.notes.append(("turned_away", reason))
+    if state.turned_away != reason:  # it dials on, five times a second
+        state.turned_away = reason
+        fx.notes.append(("turned_away", reason))
 
 
 def follow(state: PairState, fx: Effects, link: int, hello: Hello, now_ms: int) -> None:
     """Everything that Hello changes is durable before Welcome: that is the primary's licence."""
     end_session(state, fx, "a newer link has replaced this one")
+    state.turned_away = ""
     if state.promoting is not None:
         answer_promotion(state, fx, False, "The primary is back; ask again", now_ms)
     if state.wished.role is Role.PRIMARY:
