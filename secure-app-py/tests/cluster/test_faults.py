@@ -274,6 +274,27 @@ async def test_requests_are_refused_while_the_audit_log_cannot_be_written(tmp_pa
         assert kit.command(tmp_path, "audit", "verify", "--id", "nodeA").returncode == 0
 
 
+@pytest.mark.skipif(not CAN_LIMIT, reason="needs RLIMIT_FSIZE of another process (Linux)")
+async def test_a_disk_that_fails_ends_the_node_and_nothing_acknowledged_is_lost(tmp_path) -> None:
+    async with kit.pair(tmp_path) as cluster:
+        async with cluster.client(0) as admin:
+            for i in range(30):
+                await kit.set_value(admin, f"k{i}", "x" * 2_000)
+            limit_file_size(cluster.nodes[0].pid, 50_000)
+            lost = await admin.post("/set", {"key": "k0", "value": "y" * 100_000}, timeout_s=10)
+            assert not (isinstance(lost, Reply) and lost.status == 200)
+            if isinstance(lost, Reply):
+                assert lost.json["definite"] is False
+        assert await cluster.nodes[0].wait() == 1
+        assert "halted: the database cannot be written" in cluster.nodes[0].output()
+        cluster.start(0)
+        await cluster.ready(0)
+        async with cluster.client(0) as admin:
+            for i in range(1, 30):
+                assert (await kit.get(admin, f"/get?key=k{i}")).json["value"] == "x" * 2_000
+        assert kit.command(tmp_path, "audit", "verify", "--id", "nodeA").returncode == 0
+
+
 def test_a_mistake_in_a_command_is_exit_code_2_and_one_line(tmp_path: Path) -> None:
     for words in (["nonsense"], ["audit"], ["audit", "verify"], ["cert", "--days", "0"],
                   ["--id", "x"], ["--id", "x", "--addr", "127.0.0.1:1", "--replica", "http://a:1"],
