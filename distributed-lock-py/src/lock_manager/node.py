@@ -306,8 +306,14 @@ class Node:
         if writer.step():
             self._loop.call_later(SNAPSHOT_PAUSE_S, self._write_snapshot, writer)
             return
+        # To put the pieces together takes long, but join does it without the interpreter's lock.
+        joined = self._loop.run_in_executor(None, b"".join, writer.parts())
+        joined.add_done_callback(lambda done: self._take_snapshot(writer, done.result()))
+
+    def _take_snapshot(self, writer: snapshot.SnapshotWriter, data: bytes) -> None:
+        if self._writer is not writer or self.halted.done():
+            return
         self._writer = None
-        data = writer.data()
         keep = self._config.snapshot_entries // KEEP_ONE_IN
         self._core.snapshot_taken(writer.index, data, keep)
         self._metrics.snapshots += 1

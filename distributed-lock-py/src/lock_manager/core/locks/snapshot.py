@@ -155,7 +155,26 @@ class SnapshotWriter:
 
     def data(self) -> bytes:
         """The snapshot, after the last step."""
-        return _encoder.encode(self._rest)
+        return b"".join(self.parts())
+
+    def parts(self) -> list[bytes]:
+        """The same in pieces: joined, they are `_Snapshot` in MessagePack. To copy all of it takes
+        long enough to be done elsewhere."""
+        parts = [_array_header(len(_Snapshot.__struct_fields__))]
+        for name in _Snapshot.__struct_fields__:
+            value = getattr(self._rest, name)
+            if value is self._lock_chunks or value is self._request_chunks:
+                parts.append(_array_header(len(value)))
+                for chunk in value:
+                    parts += (b"\xc6" + len(chunk).to_bytes(4, "big"), chunk)  # bin 32
+            else:
+                parts.append(_encoder.encode(value))
+        return parts
+
+
+def _array_header(length: int) -> bytes:
+    """MessagePack's array 32."""
+    return b"\xdd" + length.to_bytes(4, "big")
 
 
 def encode(machine: LockMachine) -> bytes:
