@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sqlite3
 import ssl
 import sys
 import urllib.request
@@ -17,8 +18,9 @@ from secure_store.config import ConfigError, https_url, valid_name
 from secure_store.core.audit import Code, Head, verify
 from secure_store.storage.anchors import AnchorError, Pin, check_heads, read_anchors
 from secure_store.storage.audit_files import raw_lines, segments
+from secure_store.storage.database import Database
 from secure_store.storage.keyring import Keyring, make_master_key, read_master_key
-from secure_store.transport.tls import make_certificate
+from secure_store.transport.tls import certificate_problems, make_certificate
 
 TOKEN_VARIABLE = "SECURE_STORE_TOKEN"  # noqa: S105 - the variable's name
 
@@ -38,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     cert.add_argument("--days", type=int, default=825)
     key = commands.add_parser("key", help="make a master key")
     key.add_argument("file", help="the file to make (mode 0600)")
+    doctor = commands.add_parser("doctor", help="open everything a node has stored, and say what "
+                                 "is wrong; exit code 1 if anything is")  # fmt: skip
+    doctor.add_argument("--id", help="the node")
+    doctor.add_argument("--data_dir", help="its data directory (default data/<id>)")
+    doctor.add_argument("--master_key_file", help="default <data_dir>/master.key")
+    doctor.add_argument("--cert", default="server.crt")
     audit = commands.add_parser("audit", help="check an audit log")
     actions = audit.add_subparsers(dest="action", required=True, parser_class=_Parser)
     check = actions.add_parser("verify", help="recompute the chain and hold it against anchors; "
@@ -76,6 +84,8 @@ def run(argv: Sequence[str]) -> int:
             return _cert(args)
         case "key":
             return _key(Path(args.file))
+        case "doctor":
+            return _doctor(args)
         case _:
             return _verify(args)
 
@@ -110,9 +120,10 @@ def _key(path: Path) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _node(args: argparse.Namespace) -> tuple[Path, Keyring]:
+    """The data directory that is meant, and its keys."""
     if args.data_dir is None and args.id is None:
-        raise ConfigError("audit verify: --id or --data_dir is needed")
+        raise ConfigError("--id or --data_dir is needed")
     if args.data_dir is not None:
         data_dir = Path(args.data_dir)
     else:
@@ -121,7 +132,36 @@ def _verify(args: argparse.Namespace) -> int:
     if not keyring_path.exists():
         raise ConfigError(f"{data_dir} is not a node's data directory (no keyring.json)")
     master = read_master_key(Path(args.master_key_file or data_dir / "master.key"))
-    keyring = Keyring.open_or_make(keyring_path, master)
+    return data_dir, Keyring.open_or_make(keyring_path, master)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Reads only; a running node is not disturbed."""
+    data_dir, keyring = _node(args)
+    path = data_dir / "store.db"
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist")
+    database = Database(path, keyring)
+    problems: list[str] = []
+    try:
+        database.begin_read()
+        problems += database.inspect()
+    except sqlite3.Error as e:
+        problems.append(f"{path}: {e}")
+    finally:
+        database.close()
+    verdict = verify(raw_lines(data_dir / "audit" / "audit.log"), keyring.audit_mac_key)
+    if verdict.code is not Code.OK:
+        problems.append(f"audit log: {verdict.code.name.lower()} at {verdict.seq}")
+    problems += certificate_problems(Path(args.cert))
+    for problem in problems:
+        _say(problem)
+    _say("ok" if not problems else f"{len(problems)} problem(s)")
+    return 1 if problems else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    data_dir, keyring = _node(args)
     log_path = Path(args.audit_file or data_dir / "audit" / "audit.log")
     heads = _heads(args, keyring)
     if not segments(log_path) and not heads:

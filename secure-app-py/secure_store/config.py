@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     p = _Parser(
         prog="main.py",
         description="One node of the secure key-value store. Operator commands: "
-        "main.py cert|token|policy|key|audit|backup|restore|promote|doctor --help",
+        "main.py cert|key|doctor|audit --help",
         allow_abbrev=False,
     )
     p.add_argument("--id", required=True, help="name of this node, unique in the pair")

@@ -34,7 +34,7 @@ from secure_store.core.changes import (
 )
 from secure_store.core.effects import Durable
 from secure_store.core.kv import Damaged, KeyState
-from secure_store.core.records import ORIGIN, Position, Record
+from secure_store.core.records import ORIGIN, Position, Record, follows
 from secure_store.core.tokens import TokenSet
 from secure_store.files import sync_directory
 from secure_store.storage.keyring import Keyring
@@ -343,6 +343,38 @@ class Database:
         )
 
     # --- snapshots ----------------------------------------------------------------------------
+
+    def inspect(self) -> Iterator[str]:
+        """Open everything that is stored; yields one sentence per thing that is wrong. Call inside
+        begin_read/end_read."""
+        cluster_id = ""
+        last: Position | None = None
+        try:
+            cluster_id = self.load_state().cluster_id
+            self.applied()
+        except (Damaged, msgspec.MsgspecError) as e:
+            yield f"the pair's state: {e}"
+        for seq, sealed in self._db.execute("SELECT seq, sealed FROM log ORDER BY seq"):
+            try:
+                record = self._open_record(seq, sealed)
+            except (Damaged, msgspec.MsgspecError) as e:
+                yield f"log record {seq}: {e}"
+                last = None
+                continue
+            if last is not None and not follows(cluster_id, last, (record,)):
+                yield f"log record {seq}: does not follow the one before"
+            last = record.position
+        rows = self.snapshot_rows()
+        while True:
+            try:
+                if next(rows, None) is None:
+                    break
+            except (Damaged, msgspec.MsgspecError) as e:
+                yield f"a stored row: {e}"
+                break
+        for (problem,) in self._db.execute("PRAGMA integrity_check"):
+            if problem != "ok":
+                yield f"SQLite: {problem}"
 
     def snapshot_rows(self) -> Iterator[bytes]:
         """The fold as rows in the clear; call inside begin_read/end_read."""

@@ -161,6 +161,20 @@ def make_certificate(cert: Path, key: Path, hosts: tuple[str, ...], days: int = 
     cert.chmod(0o644)
 
 
+def certificate_problems(path: Path) -> list[str]:
+    """What an operator should know about a certificate file; empty if all is well."""
+    try:
+        certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
+    except OSError as e:
+        return [f"certificate {path}: {e.strerror}"]
+    except ValueError:
+        return [f"certificate {path}: not a PEM certificate"]
+    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    if left.total_seconds() <= 0:
+        return [f"certificate {path}: has expired; the nodes no longer accept each other"]
+    return [f"certificate {path}: expires in {left.days} days"] if left.days < 14 else []
+
+
 def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))

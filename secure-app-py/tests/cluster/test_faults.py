@@ -56,6 +56,8 @@ async def test_everything_acknowledged_is_read_back_after_both_are_killed(tmp_pa
                 assert found.json["rules"][0]["pattern"] == "k1"
         for name in ("nodeA", "nodeB"):
             assert kit.command(tmp_path, "audit", "verify", "--id", name).returncode == 0
+            examined = kit.command(tmp_path, "doctor", "--id", name)
+            assert (examined.returncode, examined.stdout) == (0, "ok\n")
 
 
 async def test_a_killed_replica_degrades_the_primary_and_catches_up(tmp_path: Path) -> None:

@@ -132,6 +132,17 @@ def test_every_flipped_byte_of_a_sealed_field_is_an_error_never_wrong_data(
     contents(Database(tmp_path / "store.db", keyring))
 
 
+def test_inspection_finds_nothing_in_a_sound_store_and_names_what_is_damaged(tmp_path) -> None:
+    database, keyring = filled(tmp_path)
+    assert list(database.inspect()) == []
+    database.close()
+    raw = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    for table in ("log", "vals", "tokens", "meta"):
+        raw.execute(f"UPDATE {table} SET sealed = zeroblob(length(sealed))")  # noqa: S608
+        found = list(Database(tmp_path / "store.db", keyring).inspect())
+        assert found, table
+
+
 def test_swapped_and_renamed_rows_do_not_open(tmp_path: Path) -> None:
     database, keyring = filled(tmp_path)
     database.close()
