@@ -23,7 +23,9 @@ _MOODS = (
     (1, 2_000, 3.0, 0.1, 0.0),  # every second access evicts
     (2, 2_000, 20.0, 0.2, 0.01),  # losses and repetitions
     (8, 60, 60.0, 0.2, 0.0),  # leases run out under way
+    (8, 60, 3.0, 0.1, 0.0),  # one direction of one link is cut for longer than a lease
 )
+_CUT_MS = 120.0
 
 
 class Inconclusive(Exception):
@@ -55,6 +57,10 @@ class Table:
         self._ticks = dict.fromkeys(names, float("inf"))
         self._waiting: dict[tuple[str, int], Any] = {}
         self._left = 0
+        self._began_ms = self._healed_ms = self.now_ms
+        self._cut: tuple[str, ...] = ("", "")
+        if seed % len(_MOODS) == len(_MOODS) - 1:
+            self._cut = tuple(self.rng.sample(names, 2))
         self.registers: dict[str, int] = {}
 
     def play(self) -> dict[str, int]:
@@ -67,11 +73,14 @@ class Table:
                     self._ask(name, key, None, None)
         if rng.random() < 0.7:
             self._run(lambda: not self._waiting)
+        self._began_ms, self._healed_ms = self.now_ms, self.now_ms + _CUT_MS
+        # Behind a cut a write takes a lease; the others must still be there by then.
+        spread_ms = _CUT_MS if self._cut[0] else 3.0
         first = rng.randrange(len(names))
         for number, thread in enumerate(self._threads):
             self._left += 1
             name = names[(first + number) % len(names)]
-            self._at(rng.random() * 3.0, (self._next, name, iter(thread), None))
+            self._at(rng.random() * spread_ms, (self._next, name, iter(thread), None))
         self._run(lambda: not self._left)
         final: dict[str, int] = {}
         asked = [key for key in self._forbidden if key in self.keys]
@@ -154,7 +163,9 @@ class Table:
                 self._carry_out(name, after)
                 continue
             chance = rng.random()
-            if chance < self._lose:
+            if chance < self._lose or (
+                (name, target) == self._cut and self._began_ms <= self.now_ms < self._healed_ms
+            ):
                 continue
             slow = chance > 1 - self._slow
             self._at(
