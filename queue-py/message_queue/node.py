@@ -88,6 +88,7 @@ class Node:
         """Hosts in which something waits for a moment: an idle node looks at none."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving = Serving(self.send, self.router.here)
+        self._keep_bodies = True
         self._leases_due: dict[int, int] = {}
         self._ticker: asyncio.Task[None] | None = None
 
@@ -334,9 +335,8 @@ class Node:
                 assert_never(other)
 
     def keep_bodies(self) -> bool:
-        """Whether bodies may still be kept in memory."""
-        resident = sum(host.owner.delivery.resident_bytes for host in self.hosts.values())
-        return resident < self.config.memory_bytes
+        """Whether bodies may still be kept in memory (as of the last tick)."""
+        return self._keep_bodies
 
     def report_damage(self, partition: int, lost: Spans) -> None:
         """Records are unreadable here: fetch them again."""
@@ -401,6 +401,8 @@ class Node:
                 core_due_ms = now_ms + CORE_TICK_MS
                 # First: a tick may hand a partition over, with the leases that were told last.
                 self._pass_leases_on(now_ms)
+                resident = sum(h.owner.delivery.resident_bytes for h in self.hosts.values())
+                self._keep_bodies = resident < self.config.memory_bytes
                 self.apply(self.replicator.tick(now_ms))
             loop_s = loop.time()
             if now_ms >= watch_due_ms:
