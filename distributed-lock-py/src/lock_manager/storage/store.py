@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,17 +93,17 @@ class Store:
             _make(file, owner, data_dir)
         elif not file.exists():
             raise CorruptStore("the file is missing, though this node ran before")
-        high_water = HighWater(data_dir.path)
-        connection = _connect(file)
-        try:
+        with ExitStack() as undo:
+            high_water = HighWater(data_dir.path)
+            undo.callback(high_water.close)
+            connection = _connect(file)
+            undo.callback(connection.close)
             damage = connection.execute("PRAGMA quick_check(1)").fetchone()
             if damage != ("ok",):
                 raise CorruptStore(" ".join(str(damage[0]).split()))
-            return cls(data_dir, connection, high_water)
-        except BaseException:
-            connection.close()
-            high_water.close()
-            raise
+            store = cls(data_dir, connection, high_water)
+            undo.pop_all()
+        return store
 
     # ------------------------------------------------------------------------------------- writing
 
@@ -168,6 +169,7 @@ class Store:
                 self._checkpoint_if_due(batch)
             except Exception as error:  # noqa: BLE001 - whatever failed, the node must not go on
                 _tell(loop, failed, StoreFailed(f"{self._data_dir.path / FILE_NAME}: {error}"))
+                self._high_water.close()
                 return
 
     def _commit(self, batch: list[Persist | PeerIdentity]) -> int:
@@ -256,13 +258,17 @@ def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments
 
 def _connect(file: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False, timeout=0)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the platter
-    connection.execute("PRAGMA checkpoint_fullfsync = ON")
-    connection.execute("PRAGMA wal_autocheckpoint = 0")
-    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-    connection.execute("PRAGMA temp_store = MEMORY")
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the platter
+        connection.execute("PRAGMA checkpoint_fullfsync = ON")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA temp_store = MEMORY")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

@@ -207,6 +207,7 @@ async def test_a_failed_commit_is_reported_once_and_nothing_is_written_after_it(
     assert isinstance(told[0], StoreFailed)
     store.submit(Persist(seq=2, entries=(entry(2, 1),)))
     await store.close()
+    connection.close()
     assert len(told) == 1
 
 
