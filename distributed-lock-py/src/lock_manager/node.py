@@ -16,6 +16,7 @@ from time import perf_counter
 from lock_manager.api.directory import Directory
 from lock_manager.api.errors import ApiError, NotLeader
 from lock_manager.api.events import EventHub
+from lock_manager.api.gathering import SMALL_BATCH, Gathering
 from lock_manager.api.operators import Operators
 from lock_manager.api.pending import Desk, Pending, Proposed
 from lock_manager.api.reads import Reads
@@ -64,7 +65,6 @@ log = logging.getLogger(__name__)
 # Batches proposed and not applied. A second one leaves only beside a small one: so a hand-over does
 # not wait for the re-acquire of whoever released, while under load batches are as large as can be.
 BATCHES_UNDER_WAY = 2
-SMALL_BATCH = 3  # commands
 # An idle leader of a cluster that waits for anything logs the time this often (guarantee 8).
 STAMP_EVERY_MS = 1_000
 SNAPSHOT_PAUSE_S = 0.002  # between its steps: requests go first
@@ -100,6 +100,7 @@ class Node:
         self._applied = 0
         self._clock = ClusterClock()
         self._desk = Desk()
+        self._gathering = Gathering(self._loop, lambda: self._desk.mail, self._wake)
         self._reads = Reads()
         self._begun_term = 0  # the last one that this node led
         self._logged_ms = 0  # cluster time of the last stamp that this leader proposed
@@ -228,9 +229,8 @@ class Node:
 
     def _may_propose(self) -> bool:
         under_way = self._desk.batches_under_way
-        return not under_way or (
-            under_way < BATCHES_UNDER_WAY and self._desk.commands_under_way <= SMALL_BATCH
-        )
+        small = under_way < BATCHES_UNDER_WAY and self._desk.commands_under_way <= SMALL_BATCH
+        return (not under_way or small) and self._gathering.is_over()
 
     def _begin_term(self) -> None:
         """Go on with cluster time; and before any other command of this term, also of requests
@@ -254,6 +254,7 @@ class Node:
         result = self._core.propose([encode_batch(batch)])
         if isinstance(result, Accepted):
             self._logged_ms = cluster_ms
+            self._gathering.proposed(len(mail))
             self._desk.proposed(
                 result.first_index, Proposed(result.term, batch, mail, perf_counter())
             )

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Protocol
 
@@ -48,6 +49,7 @@ _PLAIN = re.compile(
 )
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 _NAMES = re.compile(rb"\r\n([a-z-]+):")
+MAX_HEAD_BYTES = 2048
 _LOCK = b"/locks/"
 _encode = msgspec.json.Encoder().encode
 _acquire = msgspec.json.Decoder(AcquireBody)
@@ -70,19 +72,28 @@ class Plain(msgspec.Struct, frozen=True):
     body: bytes
 
 
-def plain_request(data: bytes) -> Plain | None:
-    """None: it is something else, or not all of it, or more."""
-    match = _PLAIN.match(data)
+@lru_cache(maxsize=4096)  # a client's heads are the same all day long
+def _head(head: bytes) -> tuple[bytes, bytes, bytes, int] | None:
+    """(method, path, request id, length of the body) of a plain head; None: it is not plain."""
+    match = _PLAIN.fullmatch(head)
     if match is None:
         return None
     method, path, length, request_id = match.groups()
-    end = match.end()
-    names = _NAMES.findall(data[:end].lower())
+    names = _NAMES.findall(head.lower())
     if b"host" not in names or len(set(names)) < len(names):
         return None
-    if len(data) != end + int(length or 0) or (length is None and method == b"POST"):
+    if length is None and method == b"POST":
         return None
-    return Plain(method, path, request_id or b"", data[end:])
+    return method, path, request_id or b"", int(length or 0)
+
+
+def plain_request(data: bytes) -> Plain | None:
+    """None: it is something else, or not all of it, or more."""
+    end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
+    found = _head(data[:end]) if end > 4 else None
+    if found is None or len(data) != end + found[3]:
+        return None
+    return Plain(found[0], found[1], found[2], data[end:])
 
 
 class Client(Protocol):

@@ -68,6 +68,11 @@ class Desk:
         return bool(self._inbox)
 
     @property
+    def mail(self) -> int:
+        """How many requests wait to be proposed."""
+        return len(self._inbox)
+
+    @property
     def batches_under_way(self) -> int:
         return len(self._proposed)
 
