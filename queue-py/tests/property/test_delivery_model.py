@@ -72,6 +72,13 @@ class Model:
             self.ended.append((m.dot, Ended.EXHAUSTED))
         else:
             m.where, m.due = ("delayed", now + delay) if delay else ("ready", 0)
+            self.expire(m, now)
+
+    def expire(self, m: Naive, now: int) -> None:
+        """Nothing is ready past its time, also not for the moment until the next tick."""
+        if m.where == "ready" and m.expires and m.expires <= now:
+            m.where = "settling"
+            self.ended.append((m.dot, Ended.EXPIRED))
 
     def order(self, queue: str) -> list[Naive]:
         ready = [

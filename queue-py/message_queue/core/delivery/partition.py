@@ -76,7 +76,7 @@ class PartitionDelivery:
         if entry.body is not None:
             self.resident_bytes += entry.body_bytes
         queue.arrivals.append(entry)
-        expires_ms = self._expires_ms(queue, entry)
+        expires_ms = queue.expires_ms(entry)
         if expires_ms:
             heappush(self._timers, (expires_ms, entry.dot))
         if entry.group is not None:
@@ -138,7 +138,7 @@ class PartitionDelivery:
             entry.leased_ms = min(lease.leased_ms, now_ms)
             due_ms = min(lease.due_ms, entry.leased_ms + MAX_LEASE_MS)
             self._lease_until(queue, entry, due_ms)
-        elif self._exhausted(queue, entry):
+        elif queue.exhausted(entry):
             self._end(queue, entry, Ended.EXHAUSTED)
 
     def waiting(self) -> list[int]:
@@ -153,7 +153,7 @@ class PartitionDelivery:
         if queue.settings.retention_ms is not None:
             for entry in queue.arrivals:
                 if entry.state is not State.GONE:
-                    heappush(self._timers, (self._expires_ms(queue, entry), entry.dot))
+                    heappush(self._timers, (queue.expires_ms(entry), entry.dot))
         self._drop_if_idle(queue)
 
     # ── what consumers ask ──────────────────────────────────────────────────────────────────────
@@ -217,7 +217,7 @@ class PartitionDelivery:
         queue = self._queues[entry.queue]
         if entry.group is not None and queue.groups[entry.group].head is not entry:
             self._move(queue, entry, State.BEHIND)
-            if expires_ms := self._expires_ms(queue, entry):
+            if expires_ms := queue.expires_ms(entry):
                 heappush(self._timers, (expires_ms, dot))
         elif entry.due_ms > now_ms and entry.attempt:
             self._lease_until(queue, entry, entry.due_ms)
@@ -234,7 +234,7 @@ class PartitionDelivery:
         if self._overtaken(entry, receipt):
             return Verdict.OVERTAKEN
         queue = self._queues[entry.queue]
-        if entry.state is State.LEASED and self._exhausted(queue, entry):
+        if entry.state is State.LEASED and queue.exhausted(entry):
             self._end(queue, entry, Ended.EXHAUSTED)
         elif entry.state in (State.LEASED, State.READY):
             if delay_ms > 0:
@@ -317,17 +317,7 @@ class PartitionDelivery:
     def counts(self, queue_name: str) -> Counts:
         """Figures of a queue, zeros for one that does not exist."""
         queue = self._queues.get(queue_name)
-        if queue is None:
-            return Counts(0, 0, 0, 0, None, 0)
-        at = queue.counts
-        return Counts(
-            ready=at[State.READY] + at[State.BEHIND],
-            in_flight=at[State.LEASED] + at[State.SETTLING],
-            delayed=at[State.DELAYED],
-            bytes=queue.bytes,
-            oldest_ms=queue.arrivals[0].enqueued_ms if queue.arrivals else None,
-            waiters=len(queue.waiters),
-        )
+        return queue.figures() if queue else Counts(0, 0, 0, 0, None, 0)
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────
 
@@ -348,12 +338,12 @@ class PartitionDelivery:
                 case State.DELAYED if entry.due_ms <= now_ms:
                     self._ready(queue, entry, now_ms)
                 case State.LEASED if entry.due_ms <= now_ms:
-                    if self._exhausted(queue, entry):
+                    if queue.exhausted(entry):
                         self._end(queue, entry, Ended.EXHAUSTED)
                     else:
                         self._ready(queue, entry, now_ms)
                 case State.READY | State.DELAYED | State.BEHIND:
-                    if self._expired(queue, entry, now_ms):
+                    if queue.expired(entry, now_ms):
                         self._end(queue, entry, Ended.EXPIRED)
                 case _:
                     pass  # LEASED: its consumer may finish; SETTLING: already leaving.
@@ -400,7 +390,7 @@ class PartitionDelivery:
 
     def _ready(self, queue: Queue, entry: Entry, now_ms: int) -> None:
         self._move(queue, entry, State.READY)
-        if self._expired(queue, entry, now_ms):
+        if queue.expired(entry, now_ms):
             self._end(queue, entry, Ended.EXPIRED)
             return
         queue.line.push(entry)
@@ -424,7 +414,7 @@ class PartitionDelivery:
             entry = queue.line.peek()
             if entry is None:
                 break
-            if self._expired(queue, entry, now_ms):
+            if queue.expired(entry, now_ms):
                 self._end(queue, entry, Ended.EXPIRED)
                 continue
             entry.epoch = self.epoch
@@ -469,22 +459,6 @@ class PartitionDelivery:
         """Whether a later delivery than the receipt's exists. A receipt of an earlier owner whose
         lease was forgotten is still good while nobody else has the message."""
         return receipt is not None and receipt < Receipt(entry.epoch, entry.attempt)
-
-    def _exhausted(self, queue: Queue, entry: Entry) -> bool:
-        most = queue.settings.max_deliveries
-        # Without a place for dead letters a message is delivered on: nothing is ever dropped.
-        return most is not None and entry.attempt >= most and bool(queue.settings.dead_letter)
-
-    def _expires_ms(self, queue: Queue, entry: Entry) -> int:
-        """When its lifetime ends, by its own ttl or the queue's retention; 0: never."""
-        if queue.settings.retention_ms is None:
-            return entry.expires_ms
-        kept_until = entry.enqueued_ms + queue.settings.retention_ms
-        return min(entry.expires_ms, kept_until) if entry.expires_ms else kept_until
-
-    def _expired(self, queue: Queue, entry: Entry, now_ms: int) -> bool:
-        expires_ms = self._expires_ms(queue, entry)
-        return bool(expires_ms) and expires_ms <= now_ms
 
     def _end(self, queue: Queue, entry: Entry, reason: Ended) -> None:
         self._move(queue, entry, State.SETTLING)

@@ -1,4 +1,4 @@
-"""One queue inside a partition: its line, groups, waiters and counters. Only data."""
+"""One queue inside a partition: its line, groups, waiters and counters, and what they say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.line import Line
-from message_queue.core.delivery.model import Entry, default_settings
+from message_queue.core.delivery.model import Counts, Entry, default_settings
 
 MAX_IDLE_QUEUES = 10_000
 """Of one partition; beyond it, queues that fall empty are forgotten at once."""
@@ -73,3 +73,32 @@ class Queue:
     @property
     def held(self) -> int:
         return sum(self.counts)
+
+    def figures(self) -> Counts:
+        """For those who ask about the queue."""
+        at = self.counts
+        return Counts(
+            ready=at[State.READY] + at[State.BEHIND],
+            in_flight=at[State.LEASED] + at[State.SETTLING],
+            delayed=at[State.DELAYED],
+            bytes=self.bytes,
+            oldest_ms=self.arrivals[0].enqueued_ms if self.arrivals else None,
+            waiters=len(self.waiters),
+        )
+
+    def exhausted(self, entry: Entry) -> bool:
+        """Whether one more delivery of `entry` would be too many."""
+        most = self.settings.max_deliveries
+        # Without a place for dead letters a message is delivered on: nothing is ever dropped.
+        return most is not None and entry.attempt >= most and bool(self.settings.dead_letter)
+
+    def expires_ms(self, entry: Entry) -> int:
+        """When its lifetime ends, by its own ttl or the queue's retention; 0: never."""
+        if self.settings.retention_ms is None:
+            return entry.expires_ms
+        kept_until = entry.enqueued_ms + self.settings.retention_ms
+        return min(entry.expires_ms, kept_until) if entry.expires_ms else kept_until
+
+    def expired(self, entry: Entry, now_ms: int) -> bool:
+        expires_ms = self.expires_ms(entry)
+        return bool(expires_ms) and expires_ms <= now_ms
