@@ -16,7 +16,7 @@ from time import perf_counter
 from lock_manager.api.directory import Directory
 from lock_manager.api.errors import ApiError, NotLeader
 from lock_manager.api.events import EventHub
-from lock_manager.api.gathering import SMALL_BATCH, Gathering
+from lock_manager.api.gathering import Gathering
 from lock_manager.api.operators import Operators
 from lock_manager.api.pending import Desk, Pending, Proposed
 from lock_manager.api.reads import Reads
@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 # Batches proposed and not applied. A second one leaves only beside a small one: so a hand-over does
 # not wait for the re-acquire of whoever released, while under load batches are as large as can be.
 BATCHES_UNDER_WAY = 2
+SMALL_BATCH = 3  # commands
 # An idle leader of a cluster that waits for anything logs the time this often (guarantee 8).
 STAMP_EVERY_MS = 1_000
 SNAPSHOT_PAUSE_S = 0.002  # between its steps: requests go first

@@ -1,9 +1,9 @@
 """Under load, the next batch waits while each turn of the event loop brings more requests.
 
-When a large batch is answered, its clients come back within a millisecond. Without this, those who
+When a batch is answered, its clients come back within a millisecond. Without this, those who
 came first make a batch of their own, and the clients fall into two halves that take turns: twice
 the messages and syncs. No time is waited for: a turn that brings nothing, or the last of TURNS,
-lets the batch go. After a small batch nothing is waited for at all.
+lets the batch go. After a batch of one nothing is waited for at all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-SMALL_BATCH = 3  # commands
 TURNS = 24
 
 
@@ -39,7 +38,7 @@ class Gathering:
 
     def is_over(self) -> bool:
         """Whether the next batch may leave now; if not, `go` follows within TURNS turns."""
-        if self._done or self._last_batch <= SMALL_BATCH:
+        if self._done or self._last_batch <= 1:
             return True
         if not self._turns:
             self._turns, self._seen = 1, self._waiting()

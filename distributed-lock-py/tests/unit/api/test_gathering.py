@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from lock_manager.api.gathering import SMALL_BATCH, TURNS, Gathering
+from lock_manager.api.gathering import TURNS, Gathering
 
 
 class Inbox:
@@ -29,16 +29,16 @@ async def turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
-async def test_after_a_small_batch_nothing_is_waited_for() -> None:
+async def test_after_a_batch_of_one_nothing_is_waited_for() -> None:
     inbox = Inbox(arriving=0)
     assert inbox.gathering.is_over()
-    inbox.gathering.proposed(SMALL_BATCH)
+    inbox.gathering.proposed(1)
     assert inbox.gathering.is_over()
 
 
-async def test_after_a_large_one_a_turn_without_requests_lets_the_batch_go_once() -> None:
+async def test_after_a_larger_one_a_turn_without_requests_lets_the_batch_go_once() -> None:
     inbox = Inbox(arriving=5)
-    inbox.gathering.proposed(SMALL_BATCH + 1)
+    inbox.gathering.proposed(2)
     inbox.arrive()
     assert not inbox.gathering.is_over()
     assert not inbox.gathering.is_over()  # asked twice, looked once
@@ -53,7 +53,7 @@ async def test_after_a_large_one_a_turn_without_requests_lets_the_batch_go_once(
 
 async def test_requests_without_end_do_not_hold_a_batch_back() -> None:
     inbox = Inbox(arriving=10 * TURNS)
-    inbox.gathering.proposed(SMALL_BATCH + 1)
+    inbox.gathering.proposed(2)
     inbox.arrive()
     assert not inbox.gathering.is_over()
     await turns(TURNS + 2)
