@@ -28,7 +28,7 @@ from ours import Ours
 from outage import after_hang
 from report import figure, median_of, table
 
-PEERS: dict[str, tuple[Callable[[], bool], Callable[[Path], Contender]]] = {
+PEERS: dict[str, tuple[Callable[[], bool], type[Contender]]] = {
     "etcd": (etcd.installed, etcd.Etcd),
     "zookeeper": (zookeeper.installed, zookeeper.ZooKeeper),
     "pysyncobj": (syncobj.installed, syncobj.SyncObj),
@@ -49,41 +49,50 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen_peers(names: str, scratch: Path) -> list[Contender]:
-    found: list[Contender] = []
+def chosen_peers(names: str) -> list[type[Contender]]:
+    found: list[type[Contender]] = []
     for name in () if names == "none" else names.split(","):
         if name not in PEERS:
             raise SystemExit(f"--peers: expected some of {','.join(PEERS)}, or none; got {name!r}")
-        installed, make = PEERS[name]
+        installed, contender = PEERS[name]
         if installed():
-            found.append(make(scratch))
+            found.append(contender)
         else:
             print(f"{name} is not installed: left out", file=sys.stderr)
     return found
 
 
 def compare(options: argparse.Namespace, parts: set[str], scratch: Path) -> None:
-    contenders: list[Contender] = [Ours(scratch), *chosen_peers(options.peers, scratch)]
-    with contextlib.ExitStack() as stack:
-        for contender in contenders:
-            stack.callback(contender.stop)
-            contender.start()
-        for contender in contenders:
-            print(f"* {contender.name}: {contender.note}")
-        if "speed" in parts:
-            results = side_by_side.measure(contenders, scratch, options.seconds, options.runs)
-            print("\n" + side_by_side.as_table(contenders, results) + "\n", flush=True)
-        if "outage" in parts:
-            show_outages(options, contenders)
+    """Ours and one peer at a time: a third cluster would take processor time even when idle."""
+    peers: list[type[Contender] | None] = [*chosen_peers(options.peers)]
+    for number, make in enumerate(peers or [None]):
+        directory = scratch / (make.name if make else "alone")
+        directory.mkdir()
+        contenders = [Ours(directory), *([make(directory)] if make else [])]
+        with contextlib.ExitStack() as stack:
+            for contender in contenders:
+                stack.callback(contender.stop)
+                contender.start()
+            for contender in contenders[1:] or contenders:
+                print(f"{contender.name}: {contender.note}")
+            if "speed" in parts:
+                results = side_by_side.measure(contenders, scratch, options.seconds, options.runs)
+                print("\n" + side_by_side.as_table(contenders, results) + "\n", flush=True)
+            if "outage" in parts:
+                show_outages(options, contenders, is_first=number == 0)
 
 
-def show_outages(options: argparse.Namespace, contenders: list[Contender]) -> None:
+def show_outages(
+    options: argparse.Namespace, contenders: list[Contender], *, is_first: bool
+) -> None:
+    """Ours is measured once, beside the first peer."""
     ours = contenders[0]
+    measured = contenders if is_first else contenders[1:]
     rows = side_by_side.outages(
-        contenders, lambda one: options.kills if one is ours else options.peer_kills
+        measured, lambda one: options.kills if one is ours else options.peer_kills
     )
     named = [(f"{name}, kill -9 of the leader", found) for name, found in rows]
-    if isinstance(ours, Ours) and hasattr(os, "kill") and sys.platform != "win32":
+    if is_first and isinstance(ours, Ours) and sys.platform != "win32":
         hangs = [after_hang(ours) for _ in range(min(5, options.kills))]
         named.append(("ours, leader hung (SIGSTOP)", hangs))
     shown = [[name, str(len(found)), median_of(found), figure(max(found))] for name, found in named]

@@ -101,7 +101,7 @@ def outages(
 ) -> list[tuple[str, list[float]]]:
     """Seconds without service after kill -9 of the leader, `repeat(contender)` times each."""
     return [
-        (one.name, [outage.after_kill(one, 2.0 if one is contenders[0] else 5.0)
+        (one.name, [outage.after_kill(one, 2.0 if one.name == "ours" else 5.0)
                     for _ in range(repeat(one))])
         for one in contenders
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 import threading
@@ -147,6 +148,7 @@ class ZooKeeper(Contender):
 
 
 def _sessions(count: int, ports: list[int]) -> list[Any]:
+    logging.getLogger("kazoo").setLevel(logging.CRITICAL)  # it tells of every lost connection
     patient = {"max_tries": -1, "delay": 0.05, "max_delay": 0.2}
     hosts = [f"127.0.0.1:{port}" for port in ports]
     client = import_module("kazoo.client").KazooClient
