@@ -468,23 +468,16 @@ class Node:
         metrics.locks = len(self._machine.table.locks)
         metrics.waiters = len(self._machine.table.waiters)
         if self.links is not None:
-            counters = self.links.counters
-            metrics.peers_connected = len(self.links.connected)
-            metrics.peer_frames_sent = counters.frames_sent
-            metrics.peer_messages_sent = counters.messages_sent
-            metrics.peer_messages_dropped = counters.dropped
+            self.links.measure(metrics)
         return metrics
 
     def not_ready_because(self) -> str | None:
         if self._stopping:
             return "The node is stopping"
-        if self._core.leader_id is None:
-            return "No leader"
-        return None
+        return "No leader" if self._core.leader_id is None else None
 
     async def stop(self) -> None:
-        """Hand leadership over, then answer whoever still waits. The store is closed by its
-        owner."""
+        """Hand leadership over, then answer whoever still waits. The store's owner closes it."""
         if self._leads and len(self._core.configuration.voters) > 1:
             try:
                 name = await self.operators.transfer(None)

@@ -23,6 +23,7 @@ from aiohttp import web
 
 from lock_manager.core.peer_book import Hello
 from lock_manager.core.raft import Message
+from lock_manager.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,13 @@ class Links:
     def connected(self) -> frozenset[int]:
         """Positions whose outgoing link is up."""
         return frozenset(position for position, link in self._outgoing.items() if link.up)
+
+    def measure(self, metrics: Metrics) -> None:
+        """Bring the metrics of the links up to date."""
+        metrics.peers_connected = len(self.connected)
+        metrics.peer_frames_sent = self.counters.frames_sent
+        metrics.peer_messages_sent = self.counters.messages_sent
+        metrics.peer_messages_dropped = self.counters.dropped
 
     async def stop(self) -> None:
         """Sends what is queued on links that are up (0.2 s at most), then closes all of them."""
