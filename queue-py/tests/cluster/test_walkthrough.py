@@ -133,6 +133,7 @@ async def test_an_id_that_was_never_issued_is_not_found(cluster: Cluster) -> Non
 
 async def test_a_long_poll_is_woken_by_produce_delay_and_lease_end(cluster: Cluster) -> None:
     async with cluster.client(0) as waiting, cluster.client(2) as client:
+        await put(client, "/queues/poll", {"visibility_ms": 30_000})
         for fields in ({}, {"delay_ms": 300}):
             poll = asyncio.create_task(get(waiting, "/consume?queue=poll&wait_ms=15000"))
             await until("somebody waits", lambda: somebody_waits(client, "poll"))
@@ -150,23 +151,19 @@ async def test_a_long_poll_is_woken_by_produce_delay_and_lease_end(cluster: Clus
 
 
 async def somebody_waits(client: HttpClient, queue: str) -> bool:
-    reply = await get(client, "/queues")
-    if reply.json["queues"]:
-        shown = [q for q in reply.json["queues"] if q["queue"] == queue]
-        if shown:
-            return shown[0]["waiting_consumers"] > 0
-    # A queue that nobody used yet is not listed, though somebody waits for it.
-    await asyncio.sleep(0.2)
-    return True
+    """Of a queue that is configured: one that nobody used yet is not listed."""
+    listed = (await get(client, "/queues")).json["queues"]
+    return any(q["queue"] == queue and q["waiting_consumers"] > 0 for q in listed)
 
 
 async def test_a_consumer_that_hung_up_has_leased_nothing(cluster: Cluster) -> None:
     owner = await owner_of(cluster, "hang-up")
     for index in (owner, (owner + 1) % 3):
         async with cluster.client(owner) as client:
+            await put(client, "/queues/hang-up", {"visibility_ms": 30_000})
             gone = cluster.client(index)
             poll = asyncio.create_task(gone.get("/consume?queue=hang-up&wait_ms=15000"))
-            await asyncio.sleep(0.3)
+            await until("it waits", lambda: somebody_waits(client, "hang-up"))
             gone.close()
             poll.cancel()
             name = await produce(client, "hang-up", "x")

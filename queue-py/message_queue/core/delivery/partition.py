@@ -199,13 +199,9 @@ class PartitionDelivery:
 
     def settle(self, dot: int, receipt: Receipt | None) -> Verdict:
         """Begin to end a message for a consumer: DONE moves it to SETTLING."""
-        entry = self.entries.get(dot)
-        if entry is None:
-            return Verdict.UNKNOWN
-        if entry.state is State.SETTLING:
-            return Verdict.SETTLING
-        if self._overtaken(entry, receipt):
-            return Verdict.OVERTAKEN
+        entry = self._named(dot, receipt)
+        if isinstance(entry, Verdict):
+            return entry
         self._move(self._queues[entry.queue], entry, State.SETTLING)
         return Verdict.DONE
 
@@ -226,13 +222,9 @@ class PartitionDelivery:
 
     def nack(self, dot: int, receipt: Receipt | None, delay_ms: int, now_ms: int) -> Verdict:
         """Give a message back, to be delivered again after `delay_ms`."""
-        entry = self.entries.get(dot)
-        if entry is None:
-            return Verdict.UNKNOWN
-        if entry.state is State.SETTLING:
-            return Verdict.SETTLING
-        if self._overtaken(entry, receipt):
-            return Verdict.OVERTAKEN
+        entry = self._named(dot, receipt)
+        if isinstance(entry, Verdict):
+            return entry
         queue = self._queues[entry.queue]
         if entry.state is State.LEASED and queue.exhausted(entry):
             self._end(queue, entry, Ended.EXHAUSTED)
@@ -246,13 +238,9 @@ class PartitionDelivery:
     def extend(self, dot: int, receipt: Receipt | None, visibility_ms: int, now_ms: int) -> Verdict:
         """Let a lease end `visibility_ms` from now. A lease that ended while nobody else took
         the message is taken up again: its holder still is the only one."""
-        entry = self.entries.get(dot)
-        if entry is None:
-            return Verdict.UNKNOWN
-        if entry.state is State.SETTLING:
-            return Verdict.SETTLING
-        if self._overtaken(entry, receipt):
-            return Verdict.OVERTAKEN
+        entry = self._named(dot, receipt)
+        if isinstance(entry, Verdict):
+            return entry
         if entry.state not in (State.LEASED, State.READY) or not entry.attempt:
             return Verdict.NOT_LEASED
         if now_ms + visibility_ms > entry.leased_ms + MAX_LEASE_MS:
@@ -454,6 +442,15 @@ class PartitionDelivery:
                 self._ready(queue, head, now_ms)
             return
         del queue.groups[name]
+
+    def _named(self, dot: int, receipt: Receipt | None) -> Entry | Verdict:
+        """The message that a consumer means, or why it has no say about it."""
+        entry = self.entries.get(dot)
+        if entry is None:
+            return Verdict.UNKNOWN
+        if entry.state is State.SETTLING:
+            return Verdict.SETTLING
+        return Verdict.OVERTAKEN if self._overtaken(entry, receipt) else entry
 
     def _overtaken(self, entry: Entry, receipt: Receipt | None) -> bool:
         """Whether a later delivery than the receipt's exists. A receipt of an earlier owner whose
