@@ -20,9 +20,38 @@ USER = {"Authorization": "Bearer token-user-ABC"}
 DEADLINE_S = 20.0
 
 
-def pair(root: Path, *flags: str, proxied: bool = False) -> Cluster:
+class Pair(Cluster):
+    """Ready means in step here: a machine that is slow to start the replica must not turn a test of
+    something else into a test of a lone primary."""
+
+    async def start_all(self, timeout_s: float = DEADLINE_S) -> None:
+        await super().start_all(timeout_s)
+        await self.linked()
+
+    async def link(self, index: int = 0) -> str:
+        """What /status of a node says of its link; "unknown" if it does not say."""
+        async with self.client(index) as client:
+            reply = await client.get("/status")
+        if not isinstance(reply, Reply):
+            return "unknown"
+        return "unknown" if reply.status != 200 else str(reply.json["link"])
+
+    async def linked(self, index: int = 0) -> None:
+        """Wait until the primary (`index`) has its replica in step."""
+        await eventually(lambda: self._says(index, "live", "following"))
+
+    async def unlinked(self, index: int = 0) -> None:
+        """Wait until a node has noticed that the other one is away: a write that arrives before
+        that is begun, and its outcome is rightly unknown."""
+        await eventually(lambda: self._says(index, "down"))
+
+    async def _says(self, index: int, *links: str) -> bool:
+        return await self.link(index) in links
+
+
+def pair(root: Path, *flags: str, proxied: bool = False) -> Pair:
     """nodeA (primary) and nodeB (replica); `proxied`: A reaches B through a proxy that can be
-    cut."""
+    cut. Ready when in step."""
 
     def argv(view: NodeView) -> list[str]:
         name = f"node{'AB'[view.index]}"
@@ -32,7 +61,7 @@ def pair(root: Path, *flags: str, proxied: bool = False) -> Cluster:
             line.append(f"--replica=https://{replica}")
         return [*line, *flags]
 
-    return Cluster(
+    return Pair(
         argv, 2, root=root, cwd=root, channels=("http",), proxied=("http",) if proxied else (),
         scheme="https", headers=ADMIN, env={"CLUSTER_SECRET": ""},
     )  # fmt: skip

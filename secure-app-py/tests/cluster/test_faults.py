@@ -94,6 +94,7 @@ async def test_a_strict_pair_refuses_writes_while_its_replica_is_away(tmp_path: 
     async with kit.pair(tmp_path, "--replication=strict") as cluster, cluster.client(0) as admin:
         assert (await kit.set_value(admin, "a", 1)).status == 200
         cluster.kill(1)
+        await cluster.unlinked()
         reply = await kit.set_value(admin, "a", 2)
         assert reply.status == 503
         assert reply.json["definite"] is True
