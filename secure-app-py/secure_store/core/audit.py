@@ -33,6 +33,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     key: str = ""
     node: str
     outcome: str
+    record: int = 0  # a write: the number of the record that holds it
     request_id: str
     seq: int
     status: int
@@ -130,6 +131,8 @@ def verify(raw_lines: Iterable[bytes], key: bytes, heads: Iterable[Head] = ()) -
     rewritten: int | None = None
     for raw in lines:
         if not raw.endswith(b"\n"):
+            if next(lines, None) is not None:
+                return _bad(Code.EDIT, count + 1, "A line is torn, and others follow it", count)
             torn = Verdict(Code.TORN, count + 1, "The last line is torn", count, 0)
             return _against_heads(count, rewritten, anchors, torn)
         expected = count + 1

@@ -1,8 +1,8 @@
 """The audit log's files: sinks that are written together, rotated by size, and read back whole.
 
-A sink is `audit.log` and its older segments `audit.log.000001 …`. A sink that fails keeps what it
-lacks in memory and is mended (cut back to its last good byte, rewritten) as soon as it can be
-written again, so that every sink has the same lines and no gap. One good sink is enough to go on.
+A sink is `audit.log` and its older segments `audit.log.000001 …`. A sink that cannot be written
+keeps what it lacks in memory and is mended (cut back to its last good byte, rewritten) as soon as
+it can be written again, so that every sink has the same lines and no gap. One good sink is enough.
 """
 
 from __future__ import annotations
@@ -10,26 +10,32 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from secure_store.core.audit import FIRST_MAC, Line, mac_of, read_line
 from secure_store.files import sync_directory
 
 SEGMENT_BYTES = 64 << 20
-MAX_BACKLOG_BYTES = 16 << 20
 _TAIL_BYTES = 64 << 10
 
 
 class Sink:
-    """One audit file with its older segments. Used by one thread."""
+    """One audit file with its older segments. Used by one thread.
+
+    What is not known to be durable stays in memory: after a failed write or fsync nobody knows what
+    the disk holds beyond the last good one, so the file is cut back there and written anew.
+    """
 
     def __init__(self, path: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
         self.path = path
         self._segment_bytes = segment_bytes
         self._fd = -1
-        self._good = 0  # bytes of the present segment that are known to be whole
-        self._dirty = False
-        self._backlog = bytearray()
+        self._good = 0  # bytes of the present segment that are known to be durable
+        self._unsynced = bytearray()  # what follows them
+        self._written = 0  # how much of that the operating system has
+        self._dirty = False  # the file may hold something else after its good bytes
         self.failure: str | None = None
 
     def open(self) -> None:
@@ -49,39 +55,53 @@ class Sink:
             os.close(self._fd)
             self._fd = -1
 
-    def write(self, data: bytes) -> bool:
-        """Append and fsync `data` (with whatever earlier failures left); False if it cannot be
-        done."""
-        self._backlog += data
+    def append(self, data: bytes) -> bool:
+        """Hand `data` (and whatever earlier failures left) to the operating system, which keeps it
+        though this process die; False if it cannot be done now."""
+        self._unsynced += data
         try:
             if self._fd < 0:
                 self.open()
             if self._dirty:
                 os.ftruncate(self._fd, self._good)
                 self._dirty = False
-            if self._good and self._good + len(self._backlog) > self._segment_bytes:
+            if self._good and self._good + len(self._unsynced) > self._segment_bytes:
+                self._sync()
                 self._rotate()
-            self._dirty = True
-            view = memoryview(self._backlog)
-            try:
-                while len(view):
-                    view = view[os.write(self._fd, view) :]
-            finally:
-                view.release()
-            os.fsync(self._fd)
+            with memoryview(self._unsynced) as view:
+                while self._written < len(view):
+                    self._written += os.write(self._fd, view[self._written :])
         except OSError as e:
-            self.failure = f"{self.path}: {e.strerror or e}"
+            self._failed(e)
             return False
-        self._dirty = False
-        self._good += len(self._backlog)
-        self._backlog.clear()
         self.failure = None
         return True
 
+    def sync(self) -> bool:
+        """Make what was appended durable; False if it cannot be done now."""
+        try:
+            self._sync()
+        except OSError as e:
+            self._failed(e)
+            return False
+        return True
+
+    def _sync(self) -> None:
+        if self._written:
+            os.fsync(self._fd)
+            self._good += self._written
+            del self._unsynced[: self._written]
+            self._written = 0
+
+    def _failed(self, e: OSError) -> None:
+        self.failure = f"{self.path}: {e.strerror or e}"
+        self._dirty = True
+        self._written = 0
+
     @property
-    def hopeless(self) -> bool:
-        """So far behind that it is given up until the next start."""
-        return len(self._backlog) > MAX_BACKLOG_BYTES
+    def backlog_bytes(self) -> int:
+        """How much is not durable yet."""
+        return len(self._unsynced)
 
     def _rotate(self) -> None:
         number = max(older_numbers(self.path), default=0) + 1
@@ -129,21 +149,23 @@ def read_end(path: Path, key: bytes) -> End:
         with segment.open("rb") as f:
             size = f.seek(0, os.SEEK_END)
             f.seek(max(0, size - _TAIL_BYTES))
-            lines = f.read().splitlines(keepends=True)
-        if segment == path and lines and not lines[-1].endswith(b"\n"):
-            torn = lines.pop()
-        whole = lines + whole
+            *lines, rest = f.read().split(b"\n")
+        if segment == path:
+            torn = rest
+        whole = [line + b"\n" for line in lines] + whole
         if len(whole) >= 2:
             break
-    if not whole:
-        return End(None, torn, fits=True)
-    last = read_line(whole[-1])
-    before = read_line(whole[-2]) if len(whole) > 1 else None
-    if last is None:
-        return End(None, torn, fits=False)
-    previous = bytes.fromhex(before[0].mac) if before is not None else FIRST_MAC
-    fits = mac_of(key, previous, last[1]).hex() == last[0].mac
-    return End(last[0], torn, fits=fits)
+    fits = True
+    while whole:
+        last = read_line(whole.pop())
+        if last is None:  # somebody was here; go on after the last line that can be read
+            fits = False
+            continue
+        before = read_line(whole[-1]) if whole else None
+        previous = bytes.fromhex(before[0].mac) if before is not None else FIRST_MAC
+        fits = fits and mac_of(key, previous, last[1]).hex() == last[0].mac
+        return End(last[0], torn, fits=fits)
+    return End(None, torn, fits=fits)
 
 
 def set_torn_aside(path: Path, torn: bytes) -> None:
@@ -160,10 +182,10 @@ def set_torn_aside(path: Path, torn: bytes) -> None:
     sync_directory(path.parent)
 
 
-def read_entries(path: Path, after_seq: int, limit: int) -> list[bytes]:
-    """Up to `limit` lines after entry `after_seq`, newlines stripped.
+def entries_after(path: Path, after_seq: int) -> Iterator[tuple[Line, bytes]]:
+    """The lines after entry `after_seq` that can be read, each as its fields and as it stands.
 
-    Segments before the one that holds the entry are passed over by their first line.
+    Found by halving (numbers grow along the files), so that a page costs the same in a long log.
     """
     files = segments(path)
     start = 0
@@ -172,14 +194,31 @@ def read_entries(path: Path, after_seq: int, limit: int) -> list[bytes]:
             parsed = read_line(f.readline())
         if parsed is not None and parsed[0].seq <= after_seq + 1:
             start = index
-    found: list[bytes] = []
     for segment in files[start:]:
         with segment.open("rb") as f:
+            f.seek(_offset_before(f, after_seq))
             for raw in f:
                 parsed = read_line(raw)
-                if parsed is None or parsed[0].seq <= after_seq:
-                    continue
-                found.append(raw[:-1])
-                if len(found) == limit:
-                    return found
-    return found
+                if parsed is not None and parsed[0].seq > after_seq:
+                    yield parsed[0], raw
+
+
+def _offset_before(f: BinaryIO, after_seq: int) -> int:
+    """Where a line begins that is at or before entry `after_seq` (or the file), and near it."""
+    low, high = 0, f.seek(0, os.SEEK_END)
+    while high - low > _TAIL_BYTES:
+        middle = (low + high) // 2
+        f.seek(middle)
+        f.readline()  # the rest of the line that we fell into
+        begin = f.tell()
+        parsed = read_line(f.readline())
+        if parsed is not None and parsed[0].seq <= after_seq and begin < high:
+            low = begin
+        else:
+            high = middle
+    return low
+
+
+def read_entries(path: Path, after_seq: int, limit: int) -> list[bytes]:
+    """Up to `limit` lines after entry `after_seq`, newlines stripped."""
+    return [raw[:-1] for _, raw in islice(entries_after(path, after_seq), limit)]

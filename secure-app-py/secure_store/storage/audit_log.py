@@ -1,8 +1,17 @@
-"""The audit log at work: a thread that chains, writes and fsyncs lines, many requests to one fsync.
+"""The audit log at work: lines are chained on the event loop, and each sink's thread writes them.
 
-An *urgent* line (a denial, a write) is durable before its request is answered; other lines are
-gathered for a moment and are durable soon after. If no sink can be written, `unavailable()` says so
-and the api refuses requests; the lines that could not be written wait for the disk, none is lost.
+A line is chained when its request is answered, so its number is known at once. Each sink has a
+thread of its own: one that hangs or fails holds up none of the others, and a line counts as soon as
+*one* sink has it (vault #18943: one device that hung stopped everything). Three kinds of haste:
+
+* lines are gathered for 20 ms, written and fsynced together;
+* a *record's* line (a write: its content is durable already, in the log of both nodes, see
+  changes.Audited) is written at once, and fsynced with the others soon after;
+* an *urgent* line (a denial, a failure) is fsynced at once, with whatever waits.
+
+If no sink can be written, or all hang, `unavailable()` says so and requests are refused; what was
+chained before waits in memory for the disk, what is refused meanwhile is counted and told in one
+line.
 """
 
 from __future__ import annotations
@@ -10,44 +19,149 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from enum import IntEnum
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 
 from secure_store.config import ConfigError
 from secure_store.core.audit import Entry, Head, make_line
-from secure_store.storage.audit_files import Sink, raw_lines, read_end, set_torn_aside
+from secure_store.storage.audit_files import (
+    Sink,
+    entries_after,
+    raw_lines,
+    read_end,
+    set_torn_aside,
+)
 from secure_store.storage.keyring import Keyring
 
 GATHER_S = 0.02
 RETRY_S = 0.2
+WATCH_S = 0.1
 MAX_WAITING = 50_000
-HUNG_AFTER_S = 0.9
+MAX_BACKLOG_BYTES = 16 << 20
+HUNG_AFTER = 7  # looks without any progress
+COPY_LINES = 10_000
 
 
 class AuditUnavailable(Exception):
     """No sink can be written: the request must be refused."""
 
 
-@dataclass(slots=True)
-class _Waiting:
-    action: str
-    addr: str
-    outcome: str
-    request_id: str
-    status: int
-    at_s: float
-    who: str
-    key: str
-    detail: str
-    durable: asyncio.Future[None] | None
+class Haste(IntEnum):
+    """How soon a line is wanted on the disk."""
+
+    GATHERED = 0
+    WRITTEN = 1
+    SYNCED = 2
+
+
+End = tuple[int, bytes]  # (seq, mac) of a line
+
+
+class _Worker:
+    """The thread of one sink. `on_progress(worker)` is called on it after each step."""
+
+    def __init__(self, sink: Sink, end: End, on_progress: Callable[[_Worker], None]) -> None:
+        self.sink = sink
+        self.written: End = end  # one object, one store: read by the loop as it is
+        self.durable: End = end
+        self.failure: str | None = None
+        self.given_up = False
+        self.fsyncs = 0
+        self._on_progress = on_progress
+        self._lock = threading.Condition()
+        self._lines: list[bytes] = []
+        self._bytes = 0
+        self._last = end
+        self._haste = Haste.GATHERED
+        self._due: float | None = None  # monotonic: by then what was put is to be durable
+        self._stopping = False
+        self.thread = threading.Thread(target=self._run, name="audit", daemon=True)
+
+    def put(self, line: bytes, end: End, haste: Haste) -> None:
+        """(Event loop.) Queue one line."""
+        with self._lock:
+            self._lines.append(line)
+            self._bytes += len(line)
+            self._last = end
+            if self._due is None:
+                self._due = time.monotonic() + GATHER_S
+                self._lock.notify()
+            if haste > self._haste:
+                self._haste = haste
+                self._lock.notify()
+
+    @property
+    def backlog_bytes(self) -> int:
+        return self._bytes + self.sink.backlog_bytes
+
+    def give_up(self) -> None:
+        """(Event loop.) Too far behind: this sink is made whole at the next start."""
+        with self._lock:
+            self.given_up = True
+            self._lines.clear()
+            self._lock.notify()
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopping = True
+            self._lock.notify()
+
+    def _run(self) -> None:
+        while (taken := self._take()) is not None:
+            data, last, sync = taken
+            done = self.sink.append(data)
+            if done:
+                self.written = last
+                if not sync:
+                    self._report(None)
+                    continue
+                done = self.sink.sync()
+                self.fsyncs += 1
+            if done:
+                self.durable = last
+                self._settled()
+                self._report(None)
+                continue
+            self._report(self.sink.failure)
+            if self._stopping:
+                return
+            time.sleep(RETRY_S)
+            with self._lock:
+                self._haste = Haste.SYNCED  # try again, with what has come meanwhile
+
+    def _take(self) -> tuple[bytes, End, bool] | None:
+        """Wait for work; (bytes, the last line's end, whether to fsync). None: the end."""
+        with self._lock:
+            while not (self._stopping or self.given_up or self._haste):
+                left_s = None if self._due is None else self._due - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    break
+                self._lock.wait(left_s)
+            if self.given_up or (self._stopping and self._due is None):
+                return None
+            overdue = self._due is not None and self._due <= time.monotonic()
+            sync = self._haste is Haste.SYNCED or overdue or self._stopping
+            lines, self._lines, self._bytes = self._lines, [], 0
+            self._haste = Haste.GATHERED
+            return b"".join(lines), self._last, sync
+
+    def _settled(self) -> None:
+        with self._lock:
+            self._due = time.monotonic() + GATHER_S if self._lines else None
+
+    def _report(self, failure: str | None) -> None:
+        self.failure = failure
+        self._on_progress(self)
 
 
 class AuditLog:
-    """Used on the event loop; the thread is its own."""
+    """Used on the event loop; the threads are its own."""
 
     def __init__(
         self,
@@ -62,71 +176,83 @@ class AuditLog:
         self._log_id = log_id
         self._key = keyring.audit_mac_key
         self._signer = keyring.signer
-        self._sinks = [Sink(path) for path in paths]
+        self._path = paths[0]
         self._on_state = on_state  # (failure or None) on the loop, when it changes
-        self._lock = threading.Condition()
-        self._waiting: list[_Waiting] = []
-        self._urgent = False
-        self._stopping = False
-        self._busy_since: float | None = None  # monotonic, of the oldest line not yet durable
-        self._failure: str | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._end = self._recover(
-            paths
-        )  # (seq, mac) of the last durable line; one object, one store
-        self._signed = Head(log_id, "", node_id, -1)
-        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
-        self.fsyncs = 0
-        self._second: tuple[int, str] = (-1, "")
-
-    def _recover(self, paths: tuple[Path, ...]) -> tuple[int, bytes]:
-        """Continue the chain where the longest sink ends; mend torn ends and shorter sinks."""
         self.torn = 0
         self.misfit = False
+        sinks = [Sink(path) for path in paths]
+        self._last = self._end = self._recover(sinks)
+        self._written_seq = self._end[0]
+        self._workers = [_Worker(sink, self._end, self._on_progress) for sink in sinks]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._for_disk: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._for_file: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._stalled = 0  # looks, WATCH_S apart, at lines that wait and do not move
+        self._failure: str | None = None
+        self._refused = 0
+        self._watching: asyncio.TimerHandle | None = None
+        self._signed = Head(log_id, "", node_id, -1)
+        self._second: tuple[int, str] = (-1, "")
+
+    def _recover(self, sinks: list[Sink]) -> End:
+        """Continue the chain where the longest sink ends; mend torn ends and shorter sinks."""
         try:
-            ends = [read_end(path, self._key) for path in paths]
-            for path, end in zip(paths, ends, strict=True):
+            ends = [read_end(sink.path, self._key) for sink in sinks]
+            for sink, end in zip(sinks, ends, strict=True):
                 if end.torn:
-                    set_torn_aside(path, end.torn)
+                    set_torn_aside(sink.path, end.torn)
                     self.torn += len(end.torn)
                 self.misfit = self.misfit or not end.fits
             best = max(range(len(ends)), key=lambda i: ends[i].seq)
-            for i, sink in enumerate(self._sinks):
+            for sink, end in zip(sinks, ends, strict=True):
                 sink.open()
-                if ends[i].seq < ends[best].seq:
-                    lines = list(raw_lines(paths[best]))[ends[i].seq :]
-                    if not sink.write(b"".join(lines)):
-                        raise ConfigError(f"audit file {sink.failure}")
+                if end.seq < ends[best].seq:
+                    _copy(islice(raw_lines(sinks[best].path), end.seq, None), sink)
         except OSError as e:
             raise ConfigError(f"audit file {e.filename}: {e.strerror or e}") from None
         return ends[best].seq, ends[best].mac
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        for worker in self._workers:
+            worker.thread.start()
 
     @property
     def seq(self) -> int:
         """The last durable entry."""
         return self._end[0]
 
-    def stop(self) -> None:
-        """Write what is waiting, then end the thread."""
-        with self._lock:
-            self._stopping = True
-            self._lock.notify()
-        self._thread.join(2.0)
+    @property
+    def noted_seq(self) -> int:
+        """The last entry, durable or not."""
+        return self._last[0]
 
-    # --- on the event loop --------------------------------------------------------------------
+    @property
+    def fsyncs(self) -> int:
+        return sum(worker.fsyncs for worker in self._workers)
+
+    def stop(self) -> None:
+        """Write what is waiting, then end the threads. (Not on the event loop: it waits.)"""
+        for worker in self._workers:
+            worker.stop()
+        until = time.monotonic() + 2.0
+        for worker in self._workers:
+            worker.thread.join(max(0.0, until - time.monotonic()))
+
+    def records_since(self, seq: int) -> set[tuple[int, str, str]]:
+        """(record, request id, time) of the lines after entry `seq` that tell of a record."""
+        found = (line for line, _ in entries_after(self._path, seq))
+        return {(line.record, line.request_id, line.ts) for line in found if line.record}
+
+    # --- noting -------------------------------------------------------------------------------
 
     def unavailable(self) -> str | None:
-        """Why no request may be served now, or None. A hung disk counts after 0.9 s."""
-        since = self._busy_since
-        if since is not None and time.monotonic() - since > HUNG_AFTER_S:
-            return self._failure or "the audit disk hangs"
+        """Why no request may be served now, or None. A disk that hangs counts after 0.7 s (of this
+        loop's time: a process that was stopped for a while has not waited)."""
         if self._failure is not None:
             return self._failure
-        return "too many lines are waiting" if len(self._waiting) > MAX_WAITING else None
+        waiting = self._last[0] - self._written_seq
+        return "too many lines are waiting" if waiting > MAX_WAITING else None
 
     def note(
         self,
@@ -139,25 +265,61 @@ class AuditLog:
         who: str,
         key: str = "",
         detail: str = "",
+        record: int = 0,
+        at_ms: int | None = None,
         urgent: bool = False,
     ) -> asyncio.Future[None] | None:
         """Add one line; an urgent one gives a future that is done when it is durable."""
-        durable = None
-        if urgent and self._loop is not None:
-            durable = self._loop.create_future()
-        line = _Waiting(
-            action, addr, outcome, request_id, status, time.time(), who, key, detail, durable
+        seq = self._last[0] + 1
+        entry = Entry(
+            action=action,
+            addr=addr,
+            detail=detail,
+            key=key,
+            node=self._node_id,
+            outcome=outcome,
+            record=record,
+            request_id=request_id,
+            seq=seq,
+            status=status,
+            ts=self.stamp(at_ms),
+            who=who,
         )
-        with self._lock:
-            self._waiting.append(line)
-            if self._busy_since is None:
-                self._busy_since = time.monotonic()
-            if urgent and not self._urgent:
-                self._urgent = True
-                self._lock.notify()
-            elif len(self._waiting) == 1:
-                self._lock.notify()
-        return durable
+        line, mac = make_line(self._key, self._last[1], entry)
+        self._last = end = (seq, mac)
+        if self._watching is None and self._loop is not None:
+            self._watching = self._loop.call_later(WATCH_S, self._watch)
+        haste = Haste.SYNCED if urgent else Haste.WRITTEN if record else Haste.GATHERED
+        for worker in self._workers:
+            worker.put(line, end, haste)
+        return self._wait(self._for_disk, seq) if urgent else None
+
+    def written(self, seq: int) -> asyncio.Future[None] | None:
+        """When entry `seq` is in a file (of this machine's memory at least); None: it is."""
+        return None if seq <= self._written_seq else self._wait(self._for_file, seq)
+
+    def refuse(self) -> None:
+        """A request is refused because its line could not be written: it is only counted, so that
+        nothing grows while the disk is away."""
+        self._refused += 1
+
+    def _wait(
+        self, queue: deque[tuple[int, asyncio.Future[None]]], seq: int
+    ) -> asyncio.Future[None] | None:
+        if self._loop is None:
+            return None
+        future: asyncio.Future[None] = self._loop.create_future()
+        queue.append((seq, future))
+        return future
+
+    def stamp(self, at_ms: int | None) -> str:
+        """A time (UTC ms; None: now) as it stands in a line."""
+        ms = time.time_ns() // 1_000_000 if at_ms is None else at_ms
+        second = ms // 1000
+        if self._second[0] != second:
+            text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+            self._second = (second, text)
+        return f"{self._second[1]}.{ms % 1000:03d}Z"
 
     def signed_head(self) -> Head:
         """The end of the durable chain, signed; the same object while it has not moved."""
@@ -168,87 +330,83 @@ class AuditLog:
             self._signed = msgspec.structs.replace(head, signature=signature)
         return self._signed
 
-    # --- on the thread ------------------------------------------------------------------------
+    # --- what the threads tell ----------------------------------------------------------------
 
-    def _run(self) -> None:
-        while (batch := self._take()) is not None:
-            self._write(batch)
+    def _on_progress(self, worker: _Worker) -> None:
+        """(A sink's thread.)"""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._progress)
 
-    def _take(self) -> list[_Waiting] | None:
-        with self._lock:
-            while not self._waiting and not self._stopping:
-                self._lock.wait()
-            if not self._urgent and not self._stopping:
-                self._lock.wait(GATHER_S)
-            if not self._waiting:
-                return None
-            batch, self._waiting = self._waiting, []
-            self._urgent = False
-            return batch
+    def _progress(self) -> None:
+        """Take over how far the sinks are; whoever waits for that goes on."""
+        live = [w for w in self._workers if not w.given_up]
+        durable = max((w.durable for w in self._workers), key=lambda end: end[0])
+        written_seq = max(w.written[0] for w in self._workers)
+        if durable[0] > self._end[0] or written_seq > self._written_seq:
+            self._stalled = 0
+        self._end = durable
+        self._written_seq = max(written_seq, durable[0])
+        _done(self._for_disk, durable[0])
+        _done(self._for_file, self._written_seq)
+        failures = [w.failure for w in live if w.failure is not None]
+        if len(failures) == len(live):
+            self._fail("; ".join(failures))
+        elif self._failure is not None and self.seq == self._last[0]:
+            self._failure = None
+            self._on_state(None)
+            self._tell_refused()
+        ahead = [w for w in live if w.durable[0] == durable[0] and w.failure is None]
+        for behind in live:
+            if behind not in ahead and ahead and behind.backlog_bytes > MAX_BACKLOG_BYTES:
+                behind.give_up()
 
-    def _write(self, batch: list[_Waiting]) -> None:
-        seq, mac = self._end
-        lines: list[bytes] = []
-        for each in batch:
-            seq += 1
-            line, mac = make_line(self._key, mac, self._entry(each, seq))
-            lines.append(line)
-        data = b"".join(lines)
-        good = [sink.write(data) for sink in self._sinks if not sink.hopeless]
-        while not any(good):
-            self._report("; ".join(s.failure or "" for s in self._sinks) or "no sink")
-            self._refuse(batch)
-            batch = []
-            if self._stopping:
-                return
-            time.sleep(RETRY_S)
-            good = [sink.write(b"") for sink in self._sinks]
-        self.fsyncs += 1
-        self._end = (seq, mac)
-        with self._lock:
-            self._busy_since = time.monotonic() if self._waiting else None
-        self._report(None)
-        self._tell([w.durable for w in batch if w.durable is not None], None)
-
-    def _entry(self, each: _Waiting, seq: int) -> Entry:
-        whole_s = int(each.at_s)
-        if self._second[0] != whole_s:
-            stamp = datetime.fromtimestamp(whole_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-            self._second = (whole_s, stamp)
-        ts = f"{self._second[1]}.{int((each.at_s - whole_s) * 1000):03d}Z"
-        return Entry(
-            action=each.action,
-            addr=each.addr,
-            detail=each.detail,
-            key=each.key,
-            node=self._node_id,
-            outcome=each.outcome,
-            request_id=each.request_id,
-            seq=seq,
-            status=each.status,
-            ts=ts,
-            who=each.who,
-        )
-
-    def _refuse(self, batch: list[_Waiting]) -> None:
-        futures = [w.durable for w in batch if w.durable is not None]
-        self._tell(futures, AuditUnavailable("no audit sink can be written"))
-
-    def _report(self, failure: str | None) -> None:
-        if failure != self._failure and self._loop is not None:
+    def _fail(self, failure: str) -> None:
+        if self._failure is None:
             self._failure = failure
-            self._loop.call_soon_threadsafe(self._on_state, failure)
+            self._on_state(failure)
+        self._refuse_waiting()
 
-    def _tell(self, futures: list[asyncio.Future[None]], error: Exception | None) -> None:
-        if futures and self._loop is not None:
-            self._loop.call_soon_threadsafe(_settle, futures, error)
+    def _refuse_waiting(self) -> None:
+        for queue in (self._for_disk, self._for_file):
+            while queue:
+                _, future = queue.popleft()
+                if not future.done():
+                    future.set_exception(AuditUnavailable("no audit sink can be written"))
+
+    def _watch(self) -> None:
+        """Nobody waits for a disk that hangs."""
+        self._watching = None
+        if self._end[0] == self._last[0] or self._loop is None:
+            self._stalled = 0
+            return
+        self._stalled += 1
+        if self._stalled >= HUNG_AFTER:
+            self._fail("the audit disk hangs")
+        self._watching = self._loop.call_later(WATCH_S, self._watch)
+
+    def _tell_refused(self) -> None:
+        if self._refused:
+            refused, self._refused = self._refused, 0
+            self.note(
+                "audit.refused",
+                addr="",
+                outcome="system",
+                request_id="",
+                status=503,
+                who=f"node:{self._node_id}",
+                detail=f"{refused} requests were refused while no audit file could be written",
+            )
 
 
-def _settle(futures: list[asyncio.Future[None]], error: Exception | None) -> None:
-    for future in futures:
-        if future.done():
-            continue
-        if error is None:
+def _done(queue: deque[tuple[int, asyncio.Future[None]]], seq: int) -> None:
+    while queue and queue[0][0] <= seq:
+        future = queue.popleft()[1]
+        if not future.done():
             future.set_result(None)
-        else:
-            future.set_exception(error)
+
+
+def _copy(lines: Iterator[bytes], sink: Sink) -> None:
+    """Write what a sink lacks; raises ConfigError if it cannot be written."""
+    while page := list(islice(lines, COPY_LINES)):
+        if not (sink.append(b"".join(page)) and sink.sync()):
+            raise ConfigError(f"audit file {sink.failure}")

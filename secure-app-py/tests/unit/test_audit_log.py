@@ -92,16 +92,16 @@ async def test_without_a_writable_sink_requests_are_refused_and_nothing_is_lost(
     log = opened(keyring, path)
     await note(log, "before")
     broken = True
-    write = Sink.write
+    append = Sink.append
 
     def failing(self: Sink, data: bytes) -> bool:
         if broken:
-            self._backlog += data
+            self._unsynced += data
             self.failure = "no space left"
             return False
-        return write(self, data)
+        return append(self, data)
 
-    monkeypatch.setattr(Sink, "write", failing)
+    monkeypatch.setattr(Sink, "append", failing)
     with pytest.raises(AuditUnavailable):
         await note(log, "during")
     assert log.unavailable() == "no space left"
@@ -119,7 +119,7 @@ async def test_without_a_writable_sink_requests_are_refused_and_nothing_is_lost(
 async def test_segments_rotate_without_a_gap_and_are_read_as_one(keyring, tmp_path) -> None:
     path = tmp_path / "audit.log"
     log = opened(keyring, path)
-    log._sinks[0]._segment_bytes = 1000
+    log._workers[0].sink._segment_bytes = 1000
     for i in range(30):
         await note(log, f"a{i}")
     log.stop()
