@@ -103,6 +103,9 @@ def load(
     """The machine as the disk left it, what it wants done first, and the log not yet applied."""
     try:
         database.claim()
+        database.begin_read()
+        database.check_rows()
+        database.end_read()
         applied = database.applied()
         recovered = database.read_log(applied.seq, 1 << 62, 1 << 62)
         if recovered is None:

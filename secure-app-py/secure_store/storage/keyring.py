@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import os
 import stat
 import sys
@@ -58,12 +59,15 @@ class Keyring:
     def seal(self, name: bytes, plain: bytes) -> bytes:
         """Encrypt under the active data key; `name` says what and where this is, and is bound to
         it."""
-        number = self._active.to_bytes(ID_BYTES, "big")
+        active = self._active  # once: another thread may rotate
+        number = active.to_bytes(ID_BYTES, "big")
         nonce = os.urandom(NONCE_BYTES)
-        return number + nonce + self._ciphers[self._active].encrypt(nonce, plain, number + name)
+        return number + nonce + self._ciphers[active].encrypt(nonce, plain, number + name)
 
     def open(self, name: bytes, sealed: bytes) -> bytes:
         """What `seal` was given under this name; raises Damaged for anything else."""
+        if not isinstance(sealed, bytes):  # SQLite keeps whatever a flipped type byte says
+            raise Damaged("stored data is of a wrong type")
         number = sealed[:ID_BYTES]
         cipher = self._ciphers.get(int.from_bytes(number, "big"))
         nonce = sealed[ID_BYTES : ID_BYTES + NONCE_BYTES]
@@ -73,6 +77,10 @@ class Keyring:
             return cipher.decrypt(nonce, sealed[ID_BYTES + NONCE_BYTES :], number + name)
         except InvalidTag:
             raise Damaged("stored data does not open") from None
+
+    def derive(self, purpose: bytes) -> bytes:
+        """A key of its own for `purpose`; a rotation does not change it."""
+        return hmac.digest(self.audit_mac_key, b"derive\0" + purpose, "sha256")
 
     def rotate(self) -> int:
         """Add a data key, durable before it is used; returns its number."""

@@ -146,7 +146,7 @@ class Writer:
         if not begin.set_aside or last.seq == 0:
             return
         path = self._quarantine_dir / f"quarantine-epoch{last.epoch}-seq{last.seq}.db"
-        self._database.set_aside(path)
+        self._database.copy_to(path)
         self._on_quarantine(path)
 
     def _persist(self, op: PersistOp) -> None:
