@@ -12,8 +12,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 from urllib.parse import urlsplit
+
+from mesi_cache.core.cache.slots import Policy
 
 MAX_NAME_BYTES = 256
 DEFAULT_BODY_BYTES = 1 << 20
@@ -74,6 +76,7 @@ class Config:
     flush_ms: int
     fsync: str
     write_policy: str
+    policy: Policy
     data_dir: Path
     tls: TlsFiles | None
     max_body_bytes: int
@@ -136,7 +139,12 @@ def parser() -> argparse.ArgumentParser:
         default="back",
         help="store writes when a line leaves or the flush timer runs, or at once",
     )
-    p.add_argument("--policy", choices=("lru",), default="lru", help="which line goes when full")
+    p.add_argument(
+        "--policy",
+        choices=get_args(Policy),
+        default="lru",
+        help="which line goes when the cache is full: least recently used, or S3-FIFO",
+    )
     p.add_argument(
         "--dial",
         action="append",
@@ -210,6 +218,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         flush_ms=args.flush_ms,
         fsync=args.fsync,
         write_policy=args.write_policy,
+        policy=args.policy,
         data_dir=Path(args.data_dir or Path("data") / node_id),
         tls=tls,
         max_body_bytes=args.max_body_bytes,

@@ -69,7 +69,7 @@ class Node:
         wait_ms = memory.lease_wait_ms
         grants_from_ms = now_ms() + wait_ms + STARTUP_GRACE_MS if wait_ms else 0.0
         self._machine = Machine(
-            Settings(config.url, config.capacity, config.lease_ms),
+            Settings(config.url, config.capacity, config.lease_ms, policy=config.policy),
             list(config.members),
             memory.epoch,
             applied=memory.restored(),
@@ -163,7 +163,7 @@ class Node:
                 "version": line.record.version,
                 "lease_left_ms": int(line.lease_left_ms(now)),
             }
-            for line in self._cache.lines.values()
+            for line in self._cache.lines.in_order()
         ]
 
     async def directory(self, key: str) -> dict[str, object] | Unavailable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mesi_cache.core.cache.slots import Policy
 from mesi_cache.core.machine import Machine
 from mesi_cache.core.messages import Message
 from mesi_cache.core.records import Operation, Record
@@ -14,10 +15,11 @@ LEASE_MS = 1_000
 class LittleNet:
     """`wires[a, b]` holds what a has sent to b and what has not arrived yet, oldest first."""
 
-    def __init__(self, *names: str, capacity: int = 4) -> None:
+    def __init__(self, *names: str, capacity: int = 4, policy: Policy = "lru") -> None:
         self.now_ms = 1_000.0
         self.wall_ms = 5_000_000.0
         self.capacity = capacity
+        self.policy: Policy = policy
         self.names = list(names)
         self.machines: dict[str, Machine] = {}
         self.memory: dict[str, dict[str, Record]] = {name: {} for name in names}
@@ -32,7 +34,9 @@ class LittleNet:
         """A new life of `name`, with what its log remembers."""
         rows = [(x.source, x.floor, x.operation_id, x.outcome) for x in self.log[name] if x.source]
         machine = Machine(
-            Settings(name, self.capacity, LEASE_MS, resend_ms=100, call_ms=4_000),
+            Settings(
+                name, self.capacity, LEASE_MS, resend_ms=100, call_ms=4_000, policy=self.policy
+            ),
             self.names,
             epoch,
             applied=rows,

@@ -36,7 +36,7 @@ class Cache(Requester):
         line = self.lines.get(key)
         if line is None or not line.alive(now_ms):
             return None
-        self.lines.move_to_end(key)
+        self.lines.touch(key)
         self._counts.reads += 1
         self._counts.hits += 1
         return line
@@ -63,7 +63,7 @@ class Cache(Requester):
         call.missed = line.state not in READABLE
         line.waiting.append(call)
         if line.state in READABLE:
-            self.lines.move_to_end(key)
+            self.lines.touch(key)
         self._pump(step, line)
         if not call.done:
             self._deadlines.append(call)
@@ -201,7 +201,7 @@ class Cache(Requester):
 
     def surrender(self, step: Step, most: int) -> None:
         """Put back the `most` least recently used lines."""
-        for line in list(self.lines.values())[:most]:
+        for line in list(self.lines.in_order())[:most]:
             self._fire(step, line, Event.EVICT, None)
 
     def tick(self, step: Step) -> None:

@@ -87,7 +87,7 @@ class Line:
 
     __slots__ = (
         "changes", "home", "key", "number", "put_until_ms", "record", "request", "session", "state",
-        "stop_ms", "until_ms", "waiting",
+        "stop_ms", "until_ms", "uses", "waiting",
     )  # fmt: skip
 
     def __init__(self, key: str, home: str, session: Session) -> None:
@@ -100,6 +100,7 @@ class Line:
         self.until_ms = 0.0  # the grant's own lease; the session may reach further
         self.stop_ms = NEVER  # the value's own deadline, early
         self.put_until_ms = 0.0
+        self.uses = 0  # S3-FIFO's count
         self.changes: deque[Change] = deque()  # logged in this order, or not at all
         self.request: Request | None = None
         self.waiting: deque[Call] = deque()

@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from mesi_cache.core.cache.line import NEVER, Call, Change, Line, Request, Session
+from mesi_cache.core.cache.slots import Slots, slots
 from mesi_cache.core.cache.table import READABLE, TABLE, Do, Event, State
 from mesi_cache.core.counts import Counts
 from mesi_cache.core.messages import (
@@ -50,10 +51,12 @@ class Requester:
         self._settings = settings
         self._placement = placement
         self._counts = counts
-        self.lines: OrderedDict[str, Line] = OrderedDict()  # those that hold a slot
+        self.lines: Slots = slots(settings.policy, settings.capacity)  # those that hold a slot
         self.table: dict[str, Line] = {}  # every line that is not simply I
         self.sessions: dict[str, Session] = {}
-        self._unresolved: dict[int, Call] = {}  # changes without an answer, oldest first
+        # Changes without an answer, oldest first. (A plain dict's first key is slow to find once many
+        # before it have gone.)
+        self._unresolved: OrderedDict[int, Call] = OrderedDict()
         self._next_token = 1
         # Both increase over restarts: they begin with the durable start counter.
         self._next_request = first_number(epoch) + 1
@@ -159,7 +162,7 @@ class Requester:
         for again under the same operation ids, they happen once whichever way they get through."""
         if isinstance(message, Inv | Fetch):
             self._counts.invalidations_received += 1
-        del self.lines[line.key]
+        self.lines.remove(line)
         line.session.lines -= 1
         line.put_until_ms = max(line.until_ms, line.session.until_ms)
         line.record, line.until_ms, line.stop_ms = ABSENT, 0.0, NEVER
@@ -196,10 +199,13 @@ class Requester:
             return
         if before not in READABLE:
             while len(self.lines) >= self._settings.capacity:
-                victim = next(iter(self.lines.values()))
+                victim = self.lines.victim()
                 self._counts.evictions += 1
                 self._fire(step, victim, Event.EVICT, None)
-            self.lines[line.key] = line
+            self.lines.add(line)
+            if not line.session.lines:
+                # The first of them brings its own lease, so there is nothing to renew yet.
+                line.session.renew_sent = max(line.session.renew_sent, request.first_ms)
             line.session.lines += 1
         line.record = Record(message.value, message.version, message.expires_ms)
         line.number = message.number
