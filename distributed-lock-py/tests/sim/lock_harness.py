@@ -16,7 +16,7 @@ from register_harness import DISK, LINKS, RAFT, through_the_wire
 from lock_manager.api.pending import Desk, Pending, Proposed
 from lock_manager.core.cluster_clock import ClusterClock
 from lock_manager.core.invariants import RaftChecker
-from lock_manager.core.locks import invariants, snapshot
+from lock_manager.core.locks import invariants, machine, snapshot
 from lock_manager.core.locks.commands import (
     Acquire,
     Ask,
@@ -62,6 +62,8 @@ STAMP_EVERY_MS = 1_000
 LOCKS = ("a", "b", "c")
 # A leader's clock may run fast by the drift of the faults: its leases are that much shorter.
 SLACK_MS = 10.0
+# One entry ends one lease, as if masses of them ended together.
+machine.ENDS_AT_ONCE = 1
 
 
 class Answer:
@@ -190,12 +192,14 @@ class LockNode(RaftNode):
         assert entry.index == self._applied + 1, "entries are applied in order, each once"
         self._applied = entry.index
         own = self.desk.take_proposed(entry.index, entry.term)
-        machine = self.machine.locks
+        locks = self.machine.locks
         if entry.kind is not EntryKind.COMMAND:
-            machine.applied_index = entry.index
+            locks.applied_index = entry.index
             return
-        outcomes = machine.apply(entry.index, decode_batch(entry.payload))
-        invariants.check(machine)
+        outcomes = locks.apply(entry.index, decode_batch(entry.payload))
+        invariants.check(locks, lagging=bool(outcomes.expired))
+        if (due := locks.next_due_ms()) is not None and due <= locks.now_ms:
+            self.host.cover("leases that must wait for their end")
         follow_up: list[Command] = []
         if own is not None:
             follow_up += self.desk.answer(own.pendings, outcomes)

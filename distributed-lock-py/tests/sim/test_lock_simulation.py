@@ -31,6 +31,7 @@ def test_locks_exclude_and_tokens_grow_under_every_fault() -> None:
         ("Deadlock", 0.05),
         ("released too late", 0.1),
         ("stamps", 2),
+        ("leases that must wait for their end", 0.1),
         ("snapshots restored", 0.5),
     ):
         coverage.require(happening, int(per_seed * len(count)))

@@ -116,6 +116,19 @@ def decode_batch(payload: bytes) -> Batch:
     return _decoder.decode(payload)
 
 
+def why_malformed(asks: tuple[Ask, ...]) -> str:
+    """Why no correct api would have proposed these; empty if all is well."""
+    if len(asks) == 1 and asks[0].lock_type is not LockType.SEMAPHORE and not asks[0].limit:
+        return ""
+    if not asks or len({ask.lock_name for ask in asks}) < len(asks):
+        return "each lock must be asked for once"
+    for ask in asks:
+        semaphore = ask.lock_type is LockType.SEMAPHORE
+        if semaphore != (ask.limit > 0) or not (0 < ask.permits <= ask.limit or not semaphore):
+            return "permits and limit do not fit the lock type"
+    return ""
+
+
 def fingerprint(command: Acquire | Release) -> bytes:
     """Eight bytes that stand for a request's body; collisions only matter within one request id."""
     return hashlib.blake2b(_encoder.encode(command), digest_size=8).digest()

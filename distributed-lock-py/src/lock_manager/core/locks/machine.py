@@ -12,21 +12,21 @@ The guarantees that are numbered in comments are those of the README.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from typing import assert_never
 
 from lock_manager.core.locks.commands import (
     Acquire,
-    Ask,
     Batch,
     Cancel,
     Command,
     ForceRelease,
     Keepalive,
     LeaderStarted,
-    LockType,
     Release,
     ReleaseAll,
     Undelivered,
+    why_malformed,
 )
 from lock_manager.core.locks.deadlock import find_cycle
 from lock_manager.core.locks.replies import (
@@ -57,6 +57,11 @@ from lock_manager.core.locks.state import Hold, Ticket, Waiter, weight_of
 from lock_manager.core.locks.table import GRACE_MS, LockTable
 from lock_manager.core.locks.timers import Timers
 
+# Leases that one log entry ends (some 7 µs each), and remembered answers that it forgets. What is
+# over beyond that follows with the next entries, so that a mass that ends together stops nobody.
+ENDS_AT_ONCE = 1_000
+FORGET_AT_ONCE = 20_000
+
 
 class LockMachine:
     def __init__(self) -> None:
@@ -73,6 +78,7 @@ class LockMachine:
         # (until, client, lock): what `keepalive` reports as lost; oldest first.
         self.lost: deque[tuple[int, str, str]] = deque()
         self._out = Outcomes([], [], [])
+        self._lock_delay_ms = 0  # of the batch that is being applied
 
     @property
     def now_ms(self) -> int:
@@ -93,8 +99,11 @@ class LockMachine:
     def apply(self, index: int, batch: Batch) -> Outcomes:
         """Apply the log's entry `index` (each once, in order). Total: no batch makes it fail."""
         self._out = out = Outcomes([], [], [])
-        self._advance(batch.at_ms, batch.lock_delay_ms)
+        self._lock_delay_ms = batch.lock_delay_ms
+        self._advance(batch.at_ms)
         for command in batch.commands:
+            if self._lagging:
+                self._end_what_is_over(command)
             out.answers.append(self._dispatch(command))
             if not self.table.is_tidy:
                 self._let_in()
@@ -124,28 +133,68 @@ class LockMachine:
 
     # --------------------------------------------------------------------------------------- time
 
-    def _advance(self, at_ms: int, lock_delay_ms: int) -> None:
+    @property
+    def _lagging(self) -> bool:
+        """Whether there are holds whose time is over and that were not ended yet: too many are over
+        at once. Who touches one finds it gone all the same."""
+        due = self.table.ends.next_ms()
+        return due is not None and due <= self.now_ms
+
+    def _advance(self, at_ms: int) -> None:
         table = self.table
-        if at_ms <= table.now_ms:
+        if at_ms > table.now_ms:
+            table.now_ms = at_ms
+        elif not self._lagging:
             return
-        table.now_ms = now = at_ms
-        self.requests.forget_until(now)
-        self._forget_lost(now)
+        now = table.now_ms
+        self.requests.forget_until(now, FORGET_AT_ONCE)
+        self._forget_lost(now, FORGET_AT_ONCE)
         for ticket in self.deadlines.take_due(now):
             waiter = table.waiters[ticket.waiter_id]
             self._end_ticket(ticket, TimedOut(waiter.asks[0].lock_name))
         while self.sweeps and self.sweeps[0][0] <= now:
             self._give_up_before(self.sweeps.popleft()[1])
-        for hold in table.ends.take_due(now):
-            reaped = not 0 < hold.expires_ms <= now
-            self._out.expired.append(Expired(hold.lock_name, hold.client_id, hold.token, reaped))
-            if reaped:
-                self._drop(hold)
-            else:
-                self._lose(hold, lock_delay_ms)
-        for lock in table.delays.take_due(now):
+        for hold in table.ends.take_due(now, ENDS_AT_ONCE):
+            self._end(hold)
+        for lock in table.delays.take_due(now, ENDS_AT_ONCE):
             table.end_delay(lock)
         self._let_in()
+
+    def _end(self, hold: Hold) -> None:
+        """The hold's time is over: its lease, or the wait for somebody who claims it."""
+        reaped = not 0 < hold.expires_ms <= self.now_ms
+        self._out.expired.append(Expired(hold.lock_name, hold.client_id, hold.token, reaped))
+        if reaped:
+            self._drop(hold)
+        else:
+            self._lose(hold, self._lock_delay_ms)
+
+    def _end_what_is_over(self, command: Command) -> None:
+        """Before a command looks at them: holds of its client, and on the locks that it names."""
+        match command:
+            case Acquire(client_id=client_id, asks=asks):
+                self._end_over((client_id,), [ask.lock_name for ask in asks])
+            case Release(client_id=client_id, lock_name=lock_name):
+                self._end_over((client_id,), (lock_name,))
+            case ReleaseAll(client_id=client_id) | Keepalive(client_id=client_id):
+                self._end_over((client_id,))
+            case ForceRelease(lock_name=lock_name):
+                self._end_over((), (lock_name,))
+            case Cancel() | Undelivered() | LeaderStarted():
+                pass
+            case _:
+                assert_never(command)
+
+    def _end_over(self, clients: Iterable[str], locks: Iterable[str] = ()) -> bool:
+        """Ends what is over of these clients and locks; whether there was anything."""
+        table = self.table
+        ended = False
+        for one in (*map(table.clients.get, clients), *map(table.locks.get, locks)):
+            over = [] if one is None else [hold for hold in one.each_hold() if table.is_over(hold)]
+            for hold in sorted(over, key=lambda hold: (hold.due_ms, hold.order)):
+                self._end(hold)
+                ended = True
+        return ended
 
     def _give_up_before(self, epoch: int) -> None:
         while self.tickets:
@@ -164,11 +213,12 @@ class LockMachine:
         self.lost.append((until, hold.client_id, hold.lock_name))
         self._drop(hold, delay_ms)
 
-    def _forget_lost(self, now_ms: int) -> None:
-        while self.lost and self.lost[0][0] <= now_ms:
+    def _forget_lost(self, now_ms: int, most: int) -> None:
+        while self.lost and self.lost[0][0] <= now_ms and most:
             until, client_id, lock_name = self.lost.popleft()
             client = self.table.clients.get(client_id)
             if client is not None and client.lost and client.lost.get(lock_name) == until:
+                most -= 1  # rows that mean nothing any more do not count: no snapshot has them
                 del client.lost[lock_name]
                 if not client.lost:
                     client.lost = None
@@ -184,7 +234,7 @@ class LockMachine:
                 return self._again(command, known)
             if self.requests.full:
                 return TooManyRequests()
-        problem = _malformed(command.asks)
+        problem = why_malformed(command.asks)
         if problem:
             return Malformed(problem)
         client = self.table.clients.get(command.client_id)
@@ -248,6 +298,8 @@ class LockMachine:
         )
         table.enqueue(waiter)
         cycle = find_cycle(table, command.client_id)
+        while cycle and self._lagging and self._end_over(cycle):
+            cycle = find_cycle(table, command.client_id)
         if cycle:
             table.dequeue(waiter)
             return Deadlock(cycle)
@@ -423,16 +475,3 @@ class LockMachine:
         if self.tickets:
             self.sweeps.append((self.now_ms + GRACE_MS, self.epoch))
         return Done()
-
-
-def _malformed(asks: tuple[Ask, ...]) -> str:
-    """Why no correct api would have proposed these; empty if all is well."""
-    if len(asks) == 1 and asks[0].lock_type is not LockType.SEMAPHORE and not asks[0].limit:
-        return ""
-    if not asks or len({ask.lock_name for ask in asks}) < len(asks):
-        return "each lock must be asked for once"
-    for ask in asks:
-        semaphore = ask.lock_type is LockType.SEMAPHORE
-        if semaphore != (ask.limit > 0) or not (0 < ask.permits <= ask.limit or not semaphore):
-            return "permits and limit do not fit the lock type"
-    return ""

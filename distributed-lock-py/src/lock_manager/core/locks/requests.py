@@ -63,10 +63,13 @@ class Requests:
         """What waited under `key` was cancelled: as if it had never been asked."""
         del self._by_key[key]
 
-    def forget_until(self, now_ms: int) -> None:
+    def forget_until(self, now_ms: int, most: int) -> None:
+        """Forgets what is due by then, `most` of it at a time: after a quiet hour it may be
+        much."""
         answered = self._answered
-        while answered and answered[0][0] <= now_ms:
+        while answered and answered[0][0] <= now_ms and most:
             del self._by_key[answered.popleft()[1]]
+            most -= 1
 
     # ---- for snapshots: rows of (forget at, key, remembered), in order; waiting ones have 0
 

@@ -225,6 +225,10 @@ class LockTable:
                 hold.reap_ms = self.now_ms + GRACE_MS
                 self.schedule(hold)
 
+    def is_over(self, hold: Hold) -> bool:
+        """Whether its time has passed, though nobody came to end it yet."""
+        return 0 < hold.due_ms <= self.now_ms
+
     def renew(self, hold: Hold, ttl_ms: int) -> None:
         self._touch(self.locks[hold.lock_name])
         hold.ttl_ms = ttl_ms or hold.ttl_ms

@@ -63,8 +63,11 @@ def wait_graph(machine: LockMachine, most: int) -> tuple[list[Edge], bool]:
 
 def validate(machine: LockMachine, lock_name: str, fencing_token: int) -> bool:
     """Whether that token is of a present hold on the lock."""
-    found = machine.table.locks.get(lock_name)
-    return found is not None and any(hold.token == fencing_token for hold in found.each_hold())
+    table = machine.table
+    found = table.locks.get(lock_name)
+    return found is not None and any(
+        hold.token == fencing_token and not table.is_over(hold) for hold in found.each_hold()
+    )
 
 
 def _view(machine: LockMachine, lock: Lock, now_ms: int) -> LockView:
