@@ -101,30 +101,36 @@ def specificity(pattern: str) -> tuple[int, ...]:
     return tuple(2 if s == "*" else 1 if s == "+" else 0 for s in pattern.split("/"))
 
 
-def decide(rules: Iterable[Rule], verb: Verb, key: str) -> bool:
-    """True if the rules allow `verb` on `key`. Linear in the rules; see PolicySet for the hot
-    path."""
-    best: tuple[int, ...] | None = None
-    allowed = False
+def deciding(rules: Iterable[Rule], verb: Verb, key: str) -> Rule | None:
+    """The rule that decides `verb` on `key`; None if none does, which is a denial. Linear in the
+    rules; see PolicySet for the hot path."""
+    best: Rule | None = None
+    best_rank: tuple[int, ...] = ()
     for rule in rules:
         if verb not in rule.verbs or not matches(rule.pattern, key):
             continue
         rank = specificity(rule.pattern)
-        if best is None or rank < best:
-            best, allowed = rank, rule.effect is Effect.ALLOW
-        elif rank == best and rule.effect is Effect.DENY:
-            allowed = False
-    return allowed
+        if best is None or rank < best_rank:
+            best, best_rank = rule, rank
+        elif rank == best_rank and rule.effect is Effect.DENY:
+            best = rule
+    return best
 
 
-class _Branch:
+def decide(rules: Iterable[Rule], verb: Verb, key: str) -> bool:
+    """True if the rules allow `verb` on `key`."""
+    rule = deciding(rules, verb, key)
+    return rule is not None and rule.effect is Effect.ALLOW
+
+
+class Branch:
     """One segment deep in a compiled policy: literal children, a `+` child, and the `*` verdict."""
 
     __slots__ = ("here", "literal", "plus", "star")
 
     def __init__(self) -> None:
-        self.literal: dict[str, _Branch] = {}
-        self.plus: _Branch | None = None
+        self.literal: dict[str, Branch] = {}
+        self.plus: Branch | None = None
         self.star: bool | None = None
         self.here: bool | None = None
 
@@ -138,30 +144,34 @@ class CompiledRules:
     __slots__ = ("_roots",)
 
     def __init__(self, rules: Iterable[Rule]) -> None:
-        self._roots: dict[str, _Branch] = {verb: _Branch() for verb in VERBS}
+        self._roots: dict[str, Branch] = {verb: Branch() for verb in VERBS}
         for rule in rules:
             allow = rule.effect is Effect.ALLOW
             for verb in rule.verbs:
                 self._insert(self._roots[verb], rule.pattern.split("/"), allow)
 
     @staticmethod
-    def _insert(branch: _Branch, segments: list[str], allow: bool) -> None:
+    def _insert(branch: Branch, segments: list[str], allow: bool) -> None:
         for segment in segments:
             if segment == "*":
                 branch.star = allow if branch.star is None else branch.star and allow
                 return
             if segment == "+":
-                branch.plus = branch.plus or _Branch()
+                branch.plus = branch.plus or Branch()
                 branch = branch.plus
             else:
-                branch = branch.literal.setdefault(segment, _Branch())
+                branch = branch.literal.setdefault(segment, Branch())
         branch.here = allow if branch.here is None else branch.here and allow
+
+    def root(self, verb: Verb) -> Branch:
+        """The tree of one verb (see outrank.py)."""
+        return self._roots[verb]
 
     def allows(self, verb: Verb, key: str) -> bool:
         """Whether `verb` on `key` is allowed; the same verdict as decide() over the same rules."""
         return self._search(self._roots[verb], key.split("/"), 0) or False
 
-    def _search(self, branch: _Branch, segments: list[str], depth: int) -> bool | None:
+    def _search(self, branch: Branch, segments: list[str], depth: int) -> bool | None:
         if depth == len(segments):
             return branch.here
         literal = branch.literal.get(segments[depth])
@@ -198,12 +208,19 @@ class PolicySet:
         """Whether a principal with these roles may do `verb` on `key`; the roles' rules are
         pooled."""
         compiled = self._compiled.get(roles)
-        if compiled is None:
-            pooled = [rule for role in roles for rule in self.roles.get(role, ())]
-            compiled = self._compiled[roles] = CompiledRules(pooled)
+        return (compiled or self.compiled(roles)).allows(verb, key)
+
+    def rules(self, roles: tuple[str, ...]) -> list[Rule]:
+        """The pooled rules of these roles."""
+        return [rule for role in roles for rule in self.roles.get(role, ())]
+
+    def compiled(self, roles: tuple[str, ...]) -> CompiledRules:
+        found = self._compiled.get(roles)
+        if found is None:
+            found = self._compiled[roles] = CompiledRules(self.rules(roles))
             if len(self._compiled) > 1024:
-                self._compiled = {roles: compiled}
-        return compiled.allows(verb, key)
+                self._compiled = {roles: found}
+        return found
 
 
 def check_role_name(role: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secure_store.core.outrank import outranks
 from secure_store.core.policy import (
     VERBS,
     CompiledRules,
@@ -18,6 +21,7 @@ from secure_store.core.policy import (
     check_role_name,
     check_rules,
     decide,
+    deciding,
     matches,
 )
 
@@ -129,3 +133,42 @@ def test_the_order_of_rules_does_not_matter(some: list[Rule], key: str, verb: st
 def test_a_further_denial_never_allows_more(some, denial: Rule, key: str, verb: str) -> None:
     denied = Rule(denial.pattern, denial.verbs, Effect.DENY)
     assert not (decide([*some, denied], verb, key) and not decide(some, verb, key))
+
+
+segments = st.sampled_from(["a", "b", "+"])
+patterns = st.builds(
+    lambda parts, star: "/".join([*parts, "*"] if star or not parts else parts),
+    st.lists(segments, max_size=3),
+    st.booleans(),
+)
+some_rules = st.lists(
+    st.builds(Rule, patterns, st.just(("read",)), st.sampled_from(list(Effect))), max_size=6
+)
+KEYS = ["/".join(parts) for n in range(1, 6) for parts in itertools.product("abz", repeat=n)]
+
+
+@given(some_rules, some_rules)
+def test_outranking_is_what_trying_every_key_says(child: list[Rule], parent: list[Rule]) -> None:
+    mine, theirs = CompiledRules(child), CompiledRules(parent)
+    exceeds = any(mine.allows("read", key) and not theirs.allows("read", key) for key in KEYS)
+    assert outranks(mine, theirs) is exceeds
+
+
+def test_a_policy_that_is_hard_to_compare_is_taken_to_outrank() -> None:
+    hard = [
+        Rule("/".join("+" if i != at else f"s{i}{n}" for i in range(24)) + "/*", ("read",))
+        for at in range(24)
+        for n in range(10)
+    ]
+    denied = [Rule(r.pattern, r.verbs, Effect.DENY) for r in hard]
+    child = CompiledRules([*hard, Rule("x", ("read",))])
+    assert outranks(child, CompiledRules([*denied, Rule("*", ("read",)), *hard]))
+    assert not outranks(child, CompiledRules([Rule("*", VERBS)]))
+
+
+@given(some_rules, st.sampled_from(KEYS))
+def test_the_rule_that_is_named_is_the_one_that_decides(rules: list[Rule], key: str) -> None:
+    named = deciding(rules, "read", key)
+    assert decide(rules, "read", key) is (named is not None and named.effect is Effect.ALLOW)
+    assert CompiledRules(rules).allows("read", key) is decide(rules, "read", key)
+    assert named is None or matches(named.pattern, key)
