@@ -16,6 +16,7 @@ import msgspec
 
 from mesi_cache import __version__, metrics
 from mesi_cache.api.events import EventHub
+from mesi_cache.clock import now_ms
 from mesi_cache.config import Config
 from mesi_cache.core.cache.table import LETTER
 from mesi_cache.core.machine import Machine
@@ -39,15 +40,6 @@ MEMBERS_DIFFER_S = 2.0
 HAND_OVER = 10_000
 HIT_SAMPLE = 7  # a hit is so quick that timing each would double it: one in eight
 STARTUP_GRACE_MS = 20
-
-# A clock that goes on while the machine sleeps: a lease must not outlive a closed lid. macOS's and
-# Windows' monotonic clocks count suspended time already.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
-
-
-def now_ms() -> float:
-    """Milliseconds on a clock that only goes forward and counts suspended time."""
-    return (time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()) * 1000
 
 
 class Node:
@@ -90,6 +82,7 @@ class Node:
         self._differ: dict[str, float] = {}  # member -> when its other member list was last seen
         self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._next_ask = 1
+        self._watchers: dict[str, list[asyncio.Future[None]]] = {}
         self._stopping = False
         self._narrator = Narrator(events.publish)
 
@@ -118,39 +111,73 @@ class Node:
             return None  # cannot be: a slot never holds an absent value
         if not self._machine.counts.hits & HIT_SAMPLE:
             self._metrics.hit_ms.observe(now_ms() - began)
-        return Found(record.value, record.version, LETTER[line.state], True)
+        return Found(record.value, record.version, LETTER[line.state], True, record.expires_ms)
 
     async def read(self, key: str) -> Found | Missing | Unavailable:
         began = now_ms()
         answer = await self._ask(key, None)
         self._metrics.miss_ms.observe(now_ms() - began)
-        if isinstance(answer, Changed):
-            raise TypeError("a read was answered as a change")
-        return answer
+        return _as_read(answer)
 
     async def change(self, key: str, operation: Operation) -> Changed | Unavailable:
         began = now_ms()
         answer = await self._ask(key, operation)
         self._metrics.write_ms.observe(now_ms() - began)
-        if isinstance(answer, Found | Missing):
-            raise TypeError("a change was answered as a read")
-        return answer
+        return _as_change(answer)
+
+    async def read_many(self, keys: Sequence[str]) -> list[Found | Missing | Unavailable]:
+        found = [self.lookup(key) for key in keys]
+        began = now_ms()
+        wanted = [(key, None) for key, hit in zip(keys, found, strict=True) if hit is None]
+        answers = iter(await self._ask_many(wanted) if wanted else ())
+        self._metrics.miss_ms.observe(now_ms() - began)
+        return [hit or _as_read(next(answers)) for hit in found]
+
+    async def change_many(
+        self, changes: Sequence[tuple[str, Operation]]
+    ) -> list[Changed | Unavailable]:
+        began = now_ms()
+        answers = await self._ask_many(changes)
+        self._metrics.write_ms.observe(now_ms() - began)
+        return [_as_change(answer) for answer in answers]
 
     async def _ask(self, key: str, operation: Operation | None) -> Answer:
-        reason = self._refusal()
-        if reason is not None:
-            return Unavailable(True, reason)
-        step = self._step()
-        token = self._cache.submit(step, key, operation)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._calls[token] = future
-        self._carry_out(step)
-        return await future
+        return (await self._ask_many(((key, operation),)))[0]
 
-    def _refusal(self) -> str | None:
+    async def _ask_many(self, asked: Sequence[tuple[str, Operation | None]]) -> list[Answer]:
+        """All in one turn, so that what goes to one home leaves in one frame."""
+        reason = self._refusal(len(asked))
+        if reason is not None:
+            return [Unavailable(True, reason)] * len(asked)
+        step, futures = self._step(), list[asyncio.Future[Answer]]()
+        loop = asyncio.get_running_loop()
+        for key, operation in asked:
+            future: asyncio.Future[Answer] = loop.create_future()
+            self._calls[self._cache.submit(step, key, operation)] = future
+            futures.append(future)
+        self._carry_out(step)
+        return [await future for future in futures]
+
+    def watch(self, key: str) -> asyncio.Future[None]:
+        """Done when the line of `key` next changes its state on this node, which may be never: wait
+        with a deadline, and cancel it."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        watchers = self._watchers.setdefault(key, [])
+        watchers.append(future)
+        future.add_done_callback(lambda _: self._unwatch(key, future))
+        return future
+
+    def _unwatch(self, key: str, future: asyncio.Future[None]) -> None:
+        watchers = self._watchers.get(key)
+        if watchers is not None and future in watchers:
+            watchers.remove(future)
+            if not watchers:
+                del self._watchers[key]
+
+    def _refusal(self, calls: int) -> str | None:
         if self._stopping:
             return "This node is stopping"
-        if len(self._calls) >= MAX_CALLS:
+        if len(self._calls) + calls > MAX_CALLS:
             return "Too many requests under way"
         return self._members_differ()
 
@@ -348,6 +375,10 @@ class Node:
                 future.set_result(answer)
         for note in step.notes:
             self._narrator.tell(note)
+            if note.key in self._watchers:
+                for watcher in self._watchers.pop(note.key):
+                    if not watcher.done():
+                        watcher.set_result(None)
         if step.load:
             self._ready_records.extend(self._memory.load(step.load))
         self._run_own()
@@ -417,3 +448,15 @@ class Node:
         if self._links is None:
             raise RuntimeError("start() comes first")
         return self._links
+
+
+def _as_read(answer: Answer) -> Found | Missing | Unavailable:
+    if isinstance(answer, Changed):
+        raise TypeError("a read was answered as a change")
+    return answer
+
+
+def _as_change(answer: Answer) -> Changed | Unavailable:
+    if isinstance(answer, Found | Missing):
+        raise TypeError("a change was answered as a read")
+    return answer

@@ -5,6 +5,7 @@ The api never imports the node: it sees `Service`, the few things a handler may 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from aiohttp import web
@@ -27,6 +28,14 @@ class Service(Protocol):
 
     async def change(self, key: str, operation: Operation) -> Changed | Unavailable:
         """Do `operation` once; answered within 5 s. It goes on if the caller leaves."""
+
+    async def read_many(self, keys: Sequence[str]) -> list[Found | Missing | Unavailable]:
+        """Like `lookup`, then `read`, of each; one round to each home."""
+
+    async def change_many(
+        self, changes: Sequence[tuple[str, Operation]]
+    ) -> list[Changed | Unavailable]:
+        """Like `change` of each, in this order where keys are the same; one round to each home."""
 
     def lines(self) -> list[dict[str, object]]:
         """The lines that hold a slot, least recently used first."""

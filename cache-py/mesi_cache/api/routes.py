@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable
+from collections.abc import Callable
 from importlib.resources import files
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
@@ -15,7 +15,7 @@ from mesi_cache.api.keys import EVENTS, REQUEST_ID, SERVICE, Service
 from mesi_cache.api.openapi import Route, document
 from mesi_cache.api.schemas import check_key, compact, read_json, read_query
 from mesi_cache.core.records import Cas, Delete, Incr, Operation, Outcome, Write
-from mesi_cache.core.step import Found, Missing, Unavailable
+from mesi_cache.core.step import Changed, Found, Missing, Unavailable
 
 _write = msgspec.json.Decoder(schemas.Write)
 _cas = msgspec.json.Decoder(schemas.Cas)
@@ -23,6 +23,8 @@ _delete = msgspec.json.Decoder(schemas.Delete)
 _incr = msgspec.json.Decoder(schemas.Incr)
 _read_many = msgspec.json.Decoder(schemas.ReadMany)
 _write_many = msgspec.json.Decoder(schemas.WriteMany)
+T = TypeVar("T")
+IDEMPOTENCY_KEY = "Idempotency-Key"
 _PAGE = files("mesi_cache.dashboard").joinpath("index.html").read_bytes()
 
 
@@ -44,8 +46,8 @@ async def mread(request: web.Request) -> web.Response:
         check_key(key, f"keys[{i}]")
         for i, key in enumerate((await read_json(request, _read_many)).keys)
     ]
-    service = request.app[SERVICE]
-    results = await asyncio.gather(*(_settled(_read(service, key), key) for key in keys))
+    answers = await request.app[SERVICE].read_many(keys)
+    results = [_settled(_read_answer, key, a) for key, a in zip(keys, answers, strict=True)]
     return json_response({"results": results})
 
 
@@ -56,7 +58,11 @@ def _shown(key: str, found: Found) -> schemas.Shown:
 
 
 async def _read(service: Service, key: str) -> schemas.Shown:
-    match service.lookup(key) or await service.read(key):
+    return _read_answer(key, service.lookup(key) or await service.read(key))
+
+
+def _read_answer(key: str, answer: Found | Missing | Unavailable) -> schemas.Shown:
+    match answer:
         case Found() as found:
             return _shown(key, found)
         case Missing():
@@ -70,23 +76,34 @@ async def _read(service: Service, key: str) -> schemas.Shown:
 
 async def write(request: web.Request) -> web.Response:
     body = await read_json(request, _write)
-    return json_response(await _write_one(request, body, "key"))
+    key = check_key(body.key)
+    value = compact(body.value)
+    outcome = await _change(request, key, Write(value, body.ttl_ms or 0))
+    return json_response(_written(key, value, outcome))
 
 
 async def mwrite(request: web.Request) -> web.Response:
+    if IDEMPOTENCY_KEY in request.headers:  # ignoring it would break the promise it asks for
+        raise ApiError(400, "Idempotency-Key is for single changes", field=IDEMPOTENCY_KEY)
     items = (await read_json(request, _write_many)).items
-    for i, item in enumerate(items):
-        check_key(item.key, f"items[{i}].key")
-    results = await asyncio.gather(
-        *(_settled(_write_one(request, item, "key"), item.key) for item in items)
-    )
+    changes = [
+        (check_key(item.key, f"items[{i}].key"),
+         Write(compact(item.value, f"items[{i}].value"), item.ttl_ms or 0))
+        for i, item in enumerate(items)
+    ]  # fmt: skip
+    answers = await request.app[SERVICE].change_many(changes)
+
+    def one(key: str, change: tuple[Write, Changed | Unavailable]) -> dict[str, object]:
+        return _written(key, change[0].value, _outcome(key, change[1]))
+
+    results = [
+        _settled(one, key, (operation, answer))
+        for (key, operation), answer in zip(changes, answers, strict=True)
+    ]
     return json_response({"results": results})
 
 
-async def _write_one(request: web.Request, body: schemas.Write, field: str) -> dict[str, object]:
-    key = check_key(body.key, field)
-    value = compact(body.value)
-    outcome = await _change(request, key, Write(value, body.ttl_ms or 0))
+def _written(key: str, value: bytes, outcome: Outcome) -> dict[str, object]:
     return {
         "status": "ok",
         "key": key,
@@ -103,10 +120,7 @@ async def cas(request: web.Request) -> web.Response:
     outcome = await _change(request, key, Cas(body.expected_version, value))
     if outcome.status == "mismatch":
         raise ApiError(409, "Version mismatch", key=key, version=outcome.version)
-    return json_response(
-        {"status": "ok", "key": key, "value": msgspec.Raw(value), "state": "M",
-         "version": outcome.version}
-    )  # fmt: skip
+    return json_response(_written(key, value, outcome))
 
 
 async def delete(request: web.Request) -> web.Response:
@@ -121,16 +135,16 @@ async def incr(request: web.Request) -> web.Response:
     outcome = await _change(request, key, Incr(body.by))
     if outcome.status == "not_integer" or outcome.value is None:
         raise ApiError(409, "Value is not an integer in range", key=key, version=outcome.version)
-    value = msgspec.Raw(outcome.value)
-    return json_response(
-        {"status": "ok", "key": key, "value": value, "state": "M", "version": outcome.version}
-    )
+    return json_response(_written(key, outcome.value, outcome))
 
 
 async def _change(request: web.Request, key: str, operation: Operation) -> Outcome:
-    if "Idempotency-Key" in request.headers:  # ignoring it would break the promise that it asks for
-        raise ApiError(400, "Idempotency-Key is not supported", field="Idempotency-Key")
-    answer = await request.app[SERVICE].change(key, operation)
+    if IDEMPOTENCY_KEY in request.headers:  # ignoring it would break the promise that it asks for
+        raise ApiError(400, "Idempotency-Key is not supported", field=IDEMPOTENCY_KEY)
+    return _outcome(key, await request.app[SERVICE].change(key, operation))
+
+
+def _outcome(key: str, answer: Changed | Unavailable) -> Outcome:
     if isinstance(answer, Unavailable):
         raise _unavailable(answer, key)
     return answer.outcome
@@ -143,10 +157,10 @@ def _unavailable(answer: Unavailable, key: str) -> ApiError:
     )  # fmt: skip
 
 
-async def _settled(one: Awaitable[object], key: str) -> object:
+def _settled(one: Callable[[str, T], object], key: str, answer: T) -> object:
     """One key's result in a batch: its errors stay its own."""
     try:
-        return await one
+        return one(key, answer)
     except ApiError as e:
         return {"key": key, "error": e.error, **e.details}
 

@@ -47,7 +47,7 @@ class Machine:
     def __init__(
         self,
         settings: Settings,
-        members: list[str],
+        members: list[str] | Placement,
         epoch: int,
         *,
         applied: Iterable[tuple[str, int, int, Outcome | None]] = (),
@@ -57,7 +57,7 @@ class Machine:
         `applied` and `grants_from_ms` restore a home (see Applied and Directory)."""
         self.settings = settings
         self.epoch = epoch
-        self.placement = Placement(members)
+        self.placement = members if isinstance(members, Placement) else Placement(members)
         self.counts = Counts()
         self.incarnations: dict[str, int] = {settings.me: epoch}
         self.names: dict[str, str] = {}  # members' ids, for people; whoever drives it fills it
@@ -78,14 +78,14 @@ class Machine:
             self.incarnations[source] = incarnation
             self.directory.member_restarted(step, source)
             self.cache.home_restarted(step, source, incarnation)
+        # In order of frequency: the first that fits is taken.
         match message:
-            case GetM(epoch=epoch) if epoch != self.epoch:
-                step.send.append((source, Hello()))  # it asks again, of this epoch
+            case Backup():
+                self.directory.on_backup(step, source, message)
+            case BackupAck():
+                self.cache.on_backup_ack(step, source, message)
             case GetS() | GetM():
-                if self.placement.home(message.key) == self.settings.me:
-                    self.directory.on_request(step, source, incarnation, message)
-                else:
-                    self.counts.ignored += 1
+                self._on_request(step, source, incarnation, message)
             case Grant():
                 self.cache.on_grant(step, source, message)
             case Inv():
@@ -100,20 +100,24 @@ class Machine:
                 self.directory.on_put(step, source, message)
             case PutAck():
                 self.cache.on_put_ack(step, source, message)
-            case Backup():
-                self.directory.on_backup(step, source, message)
-            case BackupAck():
-                self.cache.on_backup_ack(step, source, message)
-            case BackupRefused():
-                self.cache.on_backup_refused(step, source, message)
             case Renew():
                 self.directory.on_renew(step, source, message)
             case RenewAck():
                 self.cache.on_renew_ack(step, source, incarnation, message)
+            case BackupRefused():
+                self.cache.on_backup_refused(step, source, message)
             case Hello():
                 pass
             case _:
                 assert_never(message)
+
+    def _on_request(self, step: Step, source: str, incarnation: int, message: GetS | GetM) -> None:
+        if isinstance(message, GetM) and message.epoch != self.epoch:
+            step.send.append((source, Hello()))  # it asks again, of this epoch
+        elif self.placement.home(message.key) == self.settings.me:
+            self.directory.on_request(step, source, incarnation, message)
+        else:
+            self.counts.ignored += 1
 
     def loaded(self, step: Step, key: str, record: Record | None) -> None:
         """Main memory's answer to `Step.load`."""

@@ -36,6 +36,7 @@ class Cas(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     expected_version: int
     value: bytes
+    ttl_ms: int = 0  # 0: for ever
 
 
 class Delete(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -72,11 +73,12 @@ def evaluate(operation: Operation, record: Record, wall_ms: float) -> tuple[Outc
         case Write(value, ttl_ms):
             expires_ms = int(wall_ms) + ttl_ms if ttl_ms else 0
             return Outcome("done", version), Record(value, version, expires_ms)
-        case Cas(expected_version, value):
+        case Cas(expected_version, value, ttl_ms):
             current = record.version if record.value is not None else 0
             if current != expected_version:
                 return Outcome("mismatch", current), None
-            return Outcome("done", version), Record(value, version)
+            expires_ms = int(wall_ms) + ttl_ms if ttl_ms else 0
+            return Outcome("done", version), Record(value, version, expires_ms)
         case Delete():
             if record.value is None:
                 return Outcome("absent", 0), None

@@ -24,6 +24,7 @@ class Found(msgspec.Struct, frozen=True):
     version: int
     state: str
     hit: bool
+    expires_ms: int = 0  # of the record: 0 never
 
 
 class Missing(msgspec.Struct, frozen=True):

@@ -24,7 +24,7 @@ from mesi_cache.core.messages import (
     Renew,
     RenewAck,
 )
-from mesi_cache.core.records import Incr, Operation, Write, evaluate
+from mesi_cache.core.records import Cas, Incr, Operation, Write, evaluate
 from mesi_cache.core.step import Found, Step, Unavailable
 
 
@@ -355,7 +355,7 @@ class Cache(Requester):
             return
         stop_ms = NEVER
         match call.operation:
-            case Write(ttl_ms=ttl_ms) if ttl_ms:
+            case Write(ttl_ms=ttl_ms) | Cas(ttl_ms=ttl_ms) if ttl_ms:
                 stop_ms = step.now_ms + usable_ms(ttl_ms)
             case Incr():  # keeps the deadline
                 stop_ms = last.stop_ms if last else line.stop_ms
@@ -369,10 +369,12 @@ class Cache(Requester):
             self._arm(step, line, Event.COMMIT, call.operation_id)
 
     def _found(self, step: Step, call: Call, line: Line) -> None:
-        assert line.record.value is not None  # noqa: S101 - a slot never holds an absent value
         record, letter = line.record, LETTER[line.state]
+        assert record.value is not None  # noqa: S101 - a slot never holds an absent value
         self._answer_read(
-            step, call, Found(line.record.value, record.version, letter, not call.missed)
+            step,
+            call,
+            Found(record.value, record.version, letter, not call.missed, record.expires_ms),
         )
 
     def _wait_for_renewal(self, step: Step, line: Line) -> None:

@@ -54,8 +54,8 @@ class Requester:
         self.lines: Slots = slots(settings.policy, settings.capacity)  # those that hold a slot
         self.table: dict[str, Line] = {}  # every line that is not simply I
         self.sessions: dict[str, Session] = {}
-        # Changes without an answer, oldest first. (A plain dict's first key is slow to find once many
-        # before it have gone.)
+        # Changes without an answer, oldest first. (A plain dict's first key is slow to find once
+        # many before it have gone.)
         self._unresolved: OrderedDict[int, Call] = OrderedDict()
         self._next_token = 1
         # Both increase over restarts: they begin with the durable start counter.
@@ -231,7 +231,11 @@ class Requester:
                 call.token < request.cutoff_token and call.joined_ms < until_ms
             )
             if call.operation is None and not call.done and entitled:
-                self._answer_read(step, call, Found(message.value, message.version, "I", False))
+                self._answer_read(
+                    step,
+                    call,
+                    Found(message.value, message.version, "I", False, message.expires_ms),
+                )
 
     def _do_serve_none(
         self, step: Step, line: Line, before: State, message: Message | None
