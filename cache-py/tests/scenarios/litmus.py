@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # testkit
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mesi_cache
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from litmus_table import Inconclusive, Table, Test
+from litmus_table import Inconclusive, Table, Test, WatchedTable
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
 CHUNK = 500
@@ -53,7 +55,7 @@ def load(path: str) -> list[Test]:
     """The tests of one file; raises BadFile."""
     try:
         tests = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadFile(f"{path}: {e}") from e
     if not isinstance(tests, list):
         raise BadFile(f"{path}: expected a list of tests")
@@ -65,27 +67,41 @@ def load(path: str) -> list[Test]:
 def _check(path: str, test: Any) -> None:
     if not isinstance(test, dict) or not {"name", "threads", "forbidden"} <= test.keys():
         raise BadFile(f"{path}: a test needs name, threads and forbidden")
-    where = f"{path}: {test['name']}"
-    names: set[str] = set()
-    try:
-        for thread in test["threads"]:
-            for kind, key, third in thread:
-                good = kind in ("r", "w") and isinstance(key, str)
-                good = good and isinstance(third, str if kind == "r" else int)
-                if not good:
-                    raise BadFile(f'{where}: expected ["w",key,integer] or ["r",key,register]')
-                names |= {key, third} if kind == "r" else {key}
-    except (TypeError, ValueError) as e:
-        raise BadFile(f"{where}: {e}") from e
-    unknown = set(test["forbidden"]) - names
-    if not test["forbidden"] or unknown:
-        raise BadFile(f"{where}: forbidden names no register or key of the test: {unknown or ''}")
+    name, threads, forbidden = test["name"], test["threads"], test["forbidden"]
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise BadFile(f"{path}: a test's name is a printable text, not {name!r}")
+    where = f"{path}: {name}"
+    if not isinstance(threads, list) or not all(isinstance(thread, list) for thread in threads):
+        raise BadFile(f"{where}: threads is a list of lists")
+    keys: set[str] = set()
+    registers: set[str] = set()
+    for operation in (operation for thread in threads for operation in thread):
+        match operation:
+            case ["w", str(key), int(value)] if _is_value(value):
+                keys.add(key)
+            case ["r", str(key), str(register)]:
+                keys.add(key)
+                registers.add(register)
+            case _:
+                raise BadFile(
+                    f'{where}: expected ["w",key,integer] or ["r",key,register], not {operation!r}'
+                )
+    if not isinstance(forbidden, dict) or not all(map(_is_value, forbidden.values())):
+        raise BadFile(f"{where}: forbidden gives an integer for each of its names")
+    if unknown := forbidden.keys() - keys - registers:
+        raise BadFile(f"{where}: forbidden names no register or key of the test: {sorted(unknown)}")
+    if both := forbidden.keys() & keys & registers:
+        raise BadFile(f"{where}: a key or a register? {sorted(both)}")
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
 
 
 def judge(test: Test, outcome: dict[str, int]) -> str:
-    """What was seen, if it is forbidden."""
+    """What was seen, if it is forbidden. Where nothing is, the test only has to come to an end."""
     forbidden = test["forbidden"]
-    if all(outcome.get(name) == value for name, value in forbidden.items()):
+    if forbidden and all(outcome.get(name) == value for name, value in forbidden.items()):
         return " ".join(f"{name}={value}" for name, value in sorted(outcome.items()))
     return ""
 
@@ -93,18 +109,44 @@ def judge(test: Test, outcome: dict[str, int]) -> str:
 def simulate(test: Test, seeds: range) -> Verdict:
     """Play `test` for each seed; stops at the first forbidden outcome."""
     verdict = Verdict()
+    gc.disable()  # a chunk leaves little behind, and looking for it all the time takes a tenth
+    gc.collect()
     for seed in seeds:
         try:
             outcome = Table(test, seed).play()
         except Inconclusive:
             verdict.inconclusive += 1
             continue
+        except AssertionError as stuck:
+            verdict.runs, verdict.seed, verdict.seen = verdict.runs + 1, seed, str(stuck)
+            break
         verdict.runs += 1
         seen = judge(test, outcome)
         if seen:
             verdict.seed, verdict.seen = seed, seen
             break
     return verdict
+
+
+def watch(test: Test, seeds: range) -> tuple[set[int], Counter[str]]:
+    """The orders of events that these seeds lead to, and what they met."""
+    orders: set[int] = set()
+    met: Counter[str] = Counter()
+    for seed in seeds:
+        table = WatchedTable(test, seed)
+        table.play()
+        orders.add(table.order)
+        met.update(table.met)
+    return orders, met
+
+
+def coverage(tests: list[Test], seeds: range) -> None:
+    """Print, for each test, how many orders of events these seeds lead to, and what they met."""
+    for test in tests:
+        orders, met = watch(test, seeds)
+        met = Counter({name: n for name, n in met.items() if n})
+        told = " ".join(f"{name}={n}" for name, n in sorted(met.items()))
+        print(f"{test['name']} runs={len(seeds)} orders={len(orders)} {told}")
 
 
 def in_simulation(tests: list[Test], seeds: range) -> list[Verdict]:
@@ -142,11 +184,11 @@ async def on_processes(tests: list[Test], runs: int) -> list[Verdict]:
 
     with tempfile.TemporaryDirectory() as root:
         async with Cluster(argv, 3, root=Path(root)) as cluster:
-            return [await _play(cluster, test, runs) for test in tests]
+            return [await _play(cluster, at, test, runs) for at, test in enumerate(tests)]
 
 
-async def _play(cluster: Any, test: Test, runs: int) -> Verdict:
-    """Several runs side by side, each on keys of its own."""
+async def _play(cluster: Any, place: int, test: Test, runs: int) -> Verdict:
+    """Several runs side by side, each on keys of its own (`place` tells tests apart)."""
     verdict = Verdict()
     numbers = count()
     threads = test["threads"]
@@ -156,7 +198,7 @@ async def _play(cluster: Any, test: Test, runs: int) -> Verdict:
         clients = [cluster.client(number % cluster.size) for number in range(len(threads))]
         try:
             while (number := next(numbers)) < runs and not verdict.seen:
-                outcome = await _once(clients, test, f".{test['name']}.{number}", keys, number)
+                outcome = await _once(clients, test, f".{place}.{number}", keys, number)
                 if outcome is None:
                     verdict.inconclusive += 1
                     continue
@@ -214,12 +256,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--runs", type=int, default=0, help="of each test (10000; cluster 200)")
     parser.add_argument("--seed", type=int, default=None, help="play only this seed")
     parser.add_argument("--cluster", action="store_true", help="on three real processes")
+    parser.add_argument("--coverage", action="store_true", help="say what the seeds lead to")
     args = parser.parse_args(argv)
     try:
         tests = [test for path in args.files for test in load(path)]
     except BadFile as e:
         print(f"litmus.py: error: {e}", file=sys.stderr)
         return 2
+    if args.coverage:
+        coverage(tests, range(args.seed or 0, (args.seed or 0) + (args.runs or 1_000)))
+        return 0
     if args.cluster:
         verdicts = asyncio.run(on_processes(tests, args.runs or CLUSTER_RUNS))
     else:

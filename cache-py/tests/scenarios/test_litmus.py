@@ -61,7 +61,13 @@ def test_outcomes_that_are_allowed_are_seen(tmp_path: Path) -> None:
         '[{"name":"x"}]',
         '[{"name":"x","threads":[[["w","x"]]],"forbidden":{"x":1}}]',
         '[{"name":"x","threads":[[["w","x",1]]],"forbidden":{"y":1}}]',
-        '[{"name":"x","threads":[[["w","x",1]]],"forbidden":{}}]',
+        '[{"name":"x","threads":[[["w","x",1]]],"forbidden":{"x":"1"}}]',
+        '[{"name":"x","threads":[[["w","x",true]]],"forbidden":{"x":1}}]',
+        '[{"name":"x","threads":[[["r","x","x"]]],"forbidden":{"x":1}}]',
+        '[{"name":"x","threads":[[["cas","x",1]]],"forbidden":{"x":1}}]',
+        '[{"name":"x","threads":{"a":1},"forbidden":{"x":1}}]',
+        '[{"name":"x","threads":[7],"forbidden":{"x":1}}]',
+        '[{"name":7,"threads":[[["w","x",1]]],"forbidden":{"x":2}}]',
     ],
 )
 def test_what_is_no_litmus_file_is_said(tmp_path: Path, text: str) -> None:
@@ -70,6 +76,52 @@ def test_what_is_no_litmus_file_is_said(tmp_path: Path, text: str) -> None:
     done = run(path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+ODD = [
+    {"name": "one thread", "threads": [[["w", "x", 1], ["r", "x", "a"]]], "forbidden": {"a": 0}},
+    {
+        "name": "six threads",
+        "threads": [[["w", "x", n], ["r", "y", f"r{n}"], ["w", "y", n]] for n in range(1, 7)],
+        "forbidden": {f"r{n}": 7 for n in range(1, 7)},
+    },
+    {
+        "name": "one register twice",
+        "threads": [[["w", "x", 1], ["r", "x", "a"], ["r", "x", "a"]], [["r", "x", "b"]]],
+        "forbidden": {"a": 0},
+    },
+    {"name": "keys only", "threads": [[["w", "k 1/ü", -5]], []], "forbidden": {"k 1/ü": 0}},
+    {"name": "nothing", "threads": [[["w", "x", 1]], [["r", "x", "a"]]], "forbidden": {}},
+    {"name": "nobody", "threads": [], "forbidden": {}},
+]
+
+
+def test_files_that_are_odd_but_right_are_played(tmp_path: Path) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps([*ODD, *ODD]), encoding="utf-8")
+    done = run(path, "--runs", 60)
+    assert done.stdout.splitlines()[-1] == f"{2 * len(ODD)} passed, 0 failed", done.stderr
+    assert done.returncode == 0
+
+
+def test_the_seeds_lead_to_other_orders_losses_evictions_and_leases_that_run_out() -> None:
+    done = run(CLASSIC, "--coverage", "--runs", 240)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 22
+    for line in lines:
+        met = {name: int(n) for name, n in (part.split("=") for part in line.split()[1:])}
+        assert met["orders"] >= 0.7 * met["runs"], line
+        for happening in ("reordered", "evictions", "use_once", "upgrades", "lease_waits"):
+            assert met[happening] > 0, line
+
+
+@pytest.mark.cluster
+def test_odd_files_are_played_on_real_processes_too(tmp_path: Path) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps([*ODD, *ODD]), encoding="utf-8")
+    done = run(path, "--cluster", "--runs", 4)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.cluster
