@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from secure_store.core import machine, plan
+from secure_store.core.audit import Told
 from secure_store.core.changes import Change, decode_changes, encode_changes
 from secure_store.core.effects import (
     Append,
@@ -97,10 +98,12 @@ class Engine:
         reader: Database,
         open_reader: Callable[[], Database],
         replica_flag: str | None,
-        on_shown: Callable[[tuple[Change, ...], int], None],
+        on_shown: Callable[[tuple[Change, ...], int], int],
+        on_reset: Callable[[int], None],
         on_note: Callable[[str, str], None],
         on_head: Callable[[AuditHead], None],
         next_head: Callable[[int], AuditHead | None],
+        next_told: Callable[[], tuple[Told, int]],
         on_failed: Callable[[str], None],
     ) -> None:
         self.state = state
@@ -109,9 +112,11 @@ class Engine:
         self._open_reader = open_reader
         self._replica_flag = replica_flag
         self._on_shown = on_shown
+        self._on_reset = on_reset
         self._on_note = on_note
         self._on_head = on_head
         self._next_head = next_head
+        self._next_told = next_told
         self._on_failed = on_failed
         self.writer: Writer | None = None
         self.links: Links | None = None
@@ -219,6 +224,8 @@ class Engine:
             await asyncio.sleep(TICK_S)
             self.feed(Tick(clock_ms()))
             self._fail_barriers(time.monotonic() - BARRIER_S)
+            if self.writer is not None:
+                self.writer.note_told(*self._next_told())
             session = self.state.session
             if session is not None and time.monotonic() - self.last_head_s >= 1.0:
                 self._send_head(session.link)
@@ -263,11 +270,10 @@ class Engine:
             self._spawn(self._send_snapshot(wanted))
         if fx.reset:
             self._reset()
-        if fx.shown is not None:
-            self._show(fx.shown)
+        lines = self._show(fx.shown) if fx.shown is not None else {}
         if fx.admit:
             self._admit(fx.admit)
-        self._answer(fx)
+        self._answer(fx, lines)
         for event, details in fx.notes:
             self._on_note(event, details)
 
@@ -314,22 +320,26 @@ class Engine:
         if head is not None:
             self.links.send(link, head)
 
-    def _show(self, seq: int) -> None:
-        """Decided: reads see it, the tables get it, whoever waited behind it goes on."""
+    def _show(self, seq: int) -> dict[int, int]:
+        """Decided: reads see it, the tables get it, whoever waited behind it goes on. Gives the
+        audit line's number of each record that has one."""
         decided: list[Record] = []
+        lines: dict[int, int] = {}
         while self._undecided and self._undecided[0][0].seq <= seq:
             record, changes = self._undecided.popleft()
             decided.append(record)
             self.view.show(changes, record.seq)
-            self._on_shown(changes, record.seq)
+            lines[record.seq] = self._on_shown(changes, record.seq)
         if decided and self.writer is not None:
             self.writer.apply(decided)
         while self._barriers and self._barriers[0].seq <= seq:
             self._pass(self._barriers.popleft())
+        return lines
 
     def _reset(self) -> None:
         """A snapshot has replaced the tables."""
         self.view.reset()
+        self._on_reset(self.state.shown_seq)
         self._viewed_seq = self.state.shown_seq
 
     def _admit(self, requests: list[int]) -> None:
@@ -371,17 +381,19 @@ class Engine:
         if barrier.error is not None:
             begun.future.set_exception(barrier.error)
         elif begun.planned is not None:
-            begun.future.set_result(self._written(begun.planned, degraded=False))
+            begun.future.set_result(self._written(begun.planned, degraded=False, line=0))
 
     @staticmethod
-    def _written(planned: plan.Planned, *, degraded: bool) -> plan.Written:
-        return plan.Written(planned.body, planned.version, degraded, planned.replayed)
+    def _written(planned: plan.Planned, *, degraded: bool, line: int) -> plan.Written:
+        return plan.Written(planned.body, planned.version, degraded, planned.replayed, line)
 
-    def _answer(self, fx: Effects) -> None:
+    def _answer(self, fx: Effects, lines: dict[int, int]) -> None:
         for done in fx.done:
             begun = self._writes.pop(done.request)
             if begun.planned is not None and not begun.future.done():
-                begun.future.set_result(self._written(begun.planned, degraded=done.degraded))
+                line = lines.get(done.seq, 0)
+                written = self._written(begun.planned, degraded=done.degraded, line=line)
+                begun.future.set_result(written)
         for request, reason in fx.unknown:
             self._fail(request, plan.OutcomeUnknown(reason))
         for rejected in fx.reject:

@@ -36,10 +36,11 @@ from secure_store.core.pair import Phase
 from secure_store.core.policy import Rule, Verb
 from secure_store.core.tokens import Principal, plain_hash, token_hash
 from secure_store.engine import Engine, wall_ms
+from secure_store.ledger import Ledger
 from secure_store.metrics import Metrics
 from secure_store.storage.anchors import AnchorError, Anchors
 from secure_store.storage.audit_files import read_entries
-from secure_store.storage.audit_log import AuditLog
+from secure_store.storage.audit_log import AuditLog, AuditUnavailable
 from secure_store.storage.keyring import Keyring
 from secure_store.storage.view import View
 from secure_store.transport.link import AuditHead
@@ -83,6 +84,11 @@ class Node:
         self._anchor_complaint = ""
         self._public_key = keyring.signer.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         self._hmac_keys = config.audit_keys == "hmac"
+        self.ledger = Ledger(config.node_id, audit)
+
+    @property
+    def node_id(self) -> str:
+        return self._config.node_id
 
     def attach(self, engine: Engine) -> None:
         self._engine = engine
@@ -203,6 +209,11 @@ class Node:
             metrics.writes_unknown += 1
             raise
         metrics.writes_degraded += written.degraded
+        if written.line and (filed := self.audit.written(written.line)) is not None:
+            try:
+                await filed
+            except AuditUnavailable:
+                raise plan.OutcomeUnknown("Audit log unavailable") from None
         return written
 
     def new_token_hash(self, token: str) -> bytes:
@@ -312,8 +323,10 @@ class Node:
 
     # --- what the engine tells ----------------------------------------------------------------
 
-    def on_shown(self, changes: tuple[Change, ...], seq: int) -> None:
+    def on_shown(self, changes: tuple[Change, ...], seq: int) -> int:
+        """A record was decided; gives the number of its audit line, if this node is to write it."""
         recheck = False
+        line = self.ledger.shown(changes, seq)
         for change in changes:
             match change:
                 case PutValue(key, version, value):
@@ -328,6 +341,7 @@ class Node:
                     pass
         if recheck:
             self._watches.recheck()
+        return line
 
     # --- state --------------------------------------------------------------------------------
 

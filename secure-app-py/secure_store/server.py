@@ -168,9 +168,11 @@ async def serve(
         open_reader=lambda: Database(path, keyring),
         replica_flag=config.replica,
         on_shown=node.on_shown,
+        on_reset=node.ledger.replaced,
         on_note=node.system_note,
         on_head=node.on_head,
         next_head=node.next_head,
+        next_told=lambda: (node.ledger.settled(), node.ledger.installs),
         on_failed=on_fatal,
     )
     node.attach(engine)
@@ -194,7 +196,8 @@ async def serve(
     reloading = asyncio.create_task(reload_certificates(tls), name="certificates")
     try:
         audit.start()
-        announce(config, node, audit, made_cert=made_cert)
+        lost = recover_lines(node, database, state.shown_seq)
+        announce(config, node, audit, made_cert=made_cert, lost_lines=lost)
         engine.start(writer, links, recovered, fx)
         listener = await asyncio.get_running_loop().create_server(
             connection.factory(runner), sock=listening, ssl=tls.server, backlog=1024
@@ -217,7 +220,18 @@ async def serve(
     return 1 if faults else 0
 
 
-def announce(config: Config, node: Node, audit: AuditLog, *, made_cert: bool) -> None:
+def recover_lines(node: Node, database: Database, shown_seq: int) -> int:
+    """Write the audit lines of decided records that a crash has lost; gives how many."""
+    told = database.load_told()
+    first, _, _ = database.log_size()
+    after = max(told.record, first - 1)
+    kept = database.read_log(after, 1 << 62, 1 << 62) or ()
+    return node.ledger.recover(told, kept, shown_seq)
+
+
+def announce(
+    config: Config, node: Node, audit: AuditLog, *, made_cert: bool, lost_lines: int
+) -> None:
     """What the operator must know, and what the audit log must say, at each start."""
     if made_cert:
         log.warning("made the certificate %s and its key %s", config.cert, config.key)
@@ -228,6 +242,8 @@ def announce(config: Config, node: Node, audit: AuditLog, *, made_cert: bool) ->
         )
     if audit.torn:
         log.warning("the audit log ended in a torn line of %d bytes; it was set aside", audit.torn)
+    if lost_lines:
+        log.warning("wrote %d audit lines of writes that the last run had decided", lost_lines)
     if audit.misfit:
         log.error("the end of the audit log does not fit its MAC: run main.py audit verify")
     details = "demo tokens on" if config.demo_tokens else "demo tokens off"

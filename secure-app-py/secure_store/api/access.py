@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from aiohttp import web
 
 from secure_store.api.errors import ApiError
 from secure_store.api.keys import (
+    ACTION,
     AUDITED,
     AUDITED_KEY,
     LIMITER,
@@ -18,6 +18,7 @@ from secure_store.api.keys import (
     SERVICE,
     Service,
 )
+from secure_store.core.changes import Audited
 from secure_store.core.plan import SpendOp, Write
 from secure_store.core.policy import Verb
 from secure_store.core.tokens import Principal
@@ -26,7 +27,6 @@ REALM = 'Bearer realm="secure-store"'
 UNAUTHORIZED = "Authorization token required or invalid"
 FORBIDDEN = "Insufficient permissions"
 _IN_URL = frozenset({"token", "access_token", "authorization"})
-AUDIT_WAIT_S = 1.0
 
 
 async def authenticate(request: web.Request) -> Principal:
@@ -109,6 +109,9 @@ async def audit(request: web.Request, action: str, status: int, *, is_write: boo
         return
     request[AUDITED] = True
     service = request.app[SERVICE]
+    if status == 503 and service.audit.unavailable() is not None:
+        service.audit.refuse()
+        return
     principal = request.get(PRINCIPAL)
     outcome = outcome_of(status)
     durable = service.audit.note(
@@ -124,14 +127,27 @@ async def audit(request: web.Request, action: str, status: int, *, is_write: boo
     if durable is None:
         return
     try:
-        async with asyncio.timeout(AUDIT_WAIT_S):
-            await durable
+        await durable  # it fails by itself if the disk does, or hangs
     except Exception as e:
         request.app[METRICS].audit_refusals += 1
         definite = {} if outcome != "allowed" else {"definite": False}
         raise ApiError(
             503, "Audit log unavailable", headers={"Retry-After": "1"}, **definite
         ) from e
+
+
+def audited(request: web.Request) -> Audited:
+    """What the audit line of a write will say, for its record to carry."""
+    service = request.app[SERVICE]
+    return Audited(
+        service.node_id,
+        request[ACTION],
+        request.remote or "",
+        service.audit_key(request.get(AUDITED_KEY, "")),
+        request[REQUEST_ID],
+        time.time_ns() // 1_000_000,
+        request[PRINCIPAL].name,
+    )
 
 
 def note_hang_up(request: web.Request, action: str) -> None:

@@ -14,6 +14,7 @@ from secure_store.api.errors import Handler
 from secure_store.api.events import EventHub
 from secure_store.api.guards import Guards
 from secure_store.api.keys import (
+    ACTION,
     CONFIG,
     EVENTS,
     LIMITER,
@@ -83,18 +84,18 @@ def middleware(guards: Guards, table: dict[tuple[str, str], Route]) -> Middlewar
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else ""
         route = table.get((request.method, path))
+        request[ACTION] = action = _action(route, path)
         try:
             response = await _respond(request, handler, route, guards)
         except (asyncio.CancelledError, ConnectionError):
             # The client hung up: there is nobody to answer, but what it had begun goes on.
-            access.note_hang_up(request, _action(route, path))
+            access.note_hang_up(request, action)
             raise
         except Exception as e:  # noqa: BLE001 - every exception becomes an answer; see to_response
             response = errors.to_response(request, api_error(e, app[SERVICE]))
         if route is None or not route.is_probe:
             try:
                 is_write = route is not None and route.is_write
-                action = _action(route, path)
                 await access.audit(request, action, response.status, is_write=is_write)
             except errors.ApiError as e:
                 response = errors.to_response(request, e)

@@ -56,6 +56,8 @@ class Audit(Protocol):
 
     def unavailable(self) -> str | None: ...
 
+    def refuse(self) -> None: ...
+
     def note(
         self,
         action: str,
@@ -73,6 +75,9 @@ class Audit(Protocol):
 
 class Service(Protocol):
     """The node, as its HTTP handlers know it. Raises core.plan's errors."""
+
+    @property
+    def node_id(self) -> str: ...
 
     @property
     def audit(self) -> Audit: ...
@@ -134,4 +139,5 @@ WATCHES = web.AppKey("watches", WatchHub)
 LIMITER = web.AppKey("limiter", Limiter)
 PRINCIPAL = web.RequestKey("principal", Principal)
 AUDITED_KEY = web.RequestKey("audited_key", str)  # the key a request is about
+ACTION = web.RequestKey("action", str)  # what the audit log calls the request
 AUDITED = web.RequestKey("audited", bool)  # a stream has written its own line

@@ -12,6 +12,7 @@ from aiohttp import web
 from secure_store.api import access
 from secure_store.api.errors import ApiError, json_response
 from secure_store.api.keys import (
+    AUDITED,
     AUDITED_KEY,
     PRINCIPAL,
     REQUEST_ID,
@@ -157,7 +158,9 @@ async def write(
     service = request.app[SERVICE]
     access.require_primary(service)
     again = await _idempotency(request) if remember else None
-    written = await service.write(Write(ops, render, again))
+    written = await service.write(Write(ops, render, again, access.audited(request)))
+    if written.line:
+        request[AUDITED] = True
     headers = {}
     if written.version:
         headers["ETag"] = f'"{written.version}"'

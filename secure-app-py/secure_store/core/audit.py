@@ -63,6 +63,14 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
+class Told(msgspec.Struct, frozen=True, array_like=True):
+    """How far the writes' lines are (ledger.py): all decided records up to `record` have a durable
+    line, and the lines of later ones come after line `line`."""
+
+    record: int = 0
+    line: int = 0
+
+
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Line).decode
 

@@ -41,7 +41,8 @@ class PutToken(msgspec.Struct, frozen=True, array_like=True, tag="token"):
     created_ms: int
     expires_ms: int  # 0: never
     uses_left: int  # -1: unlimited
-    parent: str  # accessor of the token that made it, "" if none
+    parent: str  # accessor of the token it was made with (a static token's name)
+    ceilings: tuple[tuple[str, ...], ...] = ()  # it may do nothing that these roles may not
 
 
 class RevokeToken(msgspec.Struct, frozen=True, array_like=True, tag="revoke"):
@@ -71,6 +72,19 @@ class Remember(msgspec.Struct, frozen=True, array_like=True, tag="remember"):
     expires_ms: int
 
 
+class Audited(msgspec.Struct, frozen=True, array_like=True, tag="audited"):
+    """Whose request the record is: what its line in `node`'s audit log says. In the record, because
+    then no write can be committed whose line a crash could lose: a start writes what is missing."""
+
+    node: str
+    action: str
+    addr: str
+    key: str  # as configured: plain or as a keyed hash
+    request_id: str
+    at_ms: int  # UTC
+    who: str
+
+
 class Genesis(msgspec.Struct, frozen=True, array_like=True, tag="genesis"):
     """The first record of a cluster: the secrets that both nodes must share."""
 
@@ -86,6 +100,7 @@ Change = (
     | UseToken
     | PutPolicy
     | Remember
+    | Audited
     | Genesis
 )
 

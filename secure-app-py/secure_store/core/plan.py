@@ -12,10 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from secure_store.core import kv
-from secure_store.core.changes import Change, PutPolicy, PutToken, Remember, RevokeToken, UseToken
+from secure_store.core.changes import (
+    Audited,
+    Change,
+    PutPolicy,
+    PutToken,
+    Remember,
+    RevokeToken,
+    UseToken,
+)
 from secure_store.core.kv import KeyState
-from secure_store.core.tokens import MAX_TOKENS, TokenSet
+from secure_store.core.tokens import MAX_TOKENS, TokenSet, is_static
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,7 @@ class Write:
     ops: tuple[Op, ...]
     render: Callable[[list[int]], bytes]
     idempotency: Idempotency | None = None
+    audited: Audited | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,7 @@ class Written:
     version: int
     degraded: bool
     replayed: bool
+    line: int = 0  # the number of its audit line; 0: it has none yet
 
 
 class Rejected(Exception):
@@ -189,6 +201,8 @@ def plan(write: Write, heads: Heads, now_ms: int) -> Planned:
         changes.append(
             Remember(again.scope_hash, again.request_hash, 200, body, version, again.expires_ms)
         )
+    if write.audited is not None and changes:
+        changes.append(write.audited)
     return Planned(tuple(changes), body, version)
 
 
@@ -197,7 +211,7 @@ def _plan_op(
 ) -> tuple[Change | None, int]:
     match op:
         case RevokeOp(accessor):
-            if accessor not in heads.head_tokens.by_accessor:
+            if accessor not in heads.head_tokens:
                 raise kv.Missing
             return RevokeToken(accessor), 0
         case SpendOp(accessor):
@@ -205,9 +219,9 @@ def _plan_op(
             if token is None or token.uses_left <= 0:
                 raise kv.Missing
             return UseToken(accessor, token.uses_left - 1), 0
+        case AddOp(PutToken() as token):
+            return _plan_token(token, heads.head_tokens), 0
         case AddOp(change):
-            if isinstance(change, PutToken) and len(heads.head_tokens.by_accessor) >= MAX_TOKENS:
-                raise Full(f"There are {MAX_TOKENS} tokens already")
             return change, 0
         case _:
             pass
@@ -232,3 +246,18 @@ def _plan_op(
             gone = kv.plan_destroy(state, key, version)
             own[key] = kv.apply(state, gone)
             return gone, gone.version
+
+
+def _plan_token(token: PutToken, tokens: TokenSet) -> PutToken:
+    """A token made with another one is revoked with it, so that one must still be there when this
+    one is appended: a child of a revoked token would live for ever. Nor does it live longer."""
+    if len(tokens.by_accessor) >= MAX_TOKENS:
+        raise Full(f"There are {MAX_TOKENS} tokens already")
+    if is_static(token.parent):
+        return token
+    parent = tokens.by_accessor.get(token.parent)
+    if parent is None:
+        raise kv.Missing
+    if parent.expires_ms and not 0 < token.expires_ms <= parent.expires_ms:
+        return msgspec.structs.replace(token, expires_ms=parent.expires_ms)
+    return token

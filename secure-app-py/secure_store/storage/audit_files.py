@@ -41,11 +41,8 @@ class Sink:
     def open(self) -> None:
         """Open for appending; raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(
-            self.path,
-            os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0),
-            0o600,
-        )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self._fd = os.open(self.path, flags | getattr(os, "O_BINARY", 0), 0o600)
         os.fsync(self._fd)  # what a killed predecessor left in the page cache
         self._good = os.fstat(self._fd).st_size
         sync_directory(self.path.parent)

@@ -196,6 +196,9 @@ class AuditLog:
 
     def _recover(self, sinks: list[Sink]) -> End:
         """Continue the chain where the longest sink ends; mend torn ends and shorter sinks."""
+        for sink in sinks:
+            if sink.path.exists() and not sink.path.is_file():  # a pipe keeps nothing, and hangs
+                raise ConfigError(f"audit file {sink.path}: not a regular file")
         try:
             ends = [read_end(sink.path, self._key) for sink in sinks]
             for sink, end in zip(sinks, ends, strict=True):

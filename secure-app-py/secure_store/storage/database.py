@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from secure_store.core.audit import Told
 from secure_store.core.effects import Durable
 from secure_store.core.kv import Damaged
 from secure_store.core.records import ORIGIN, Position, Record, follows
@@ -31,6 +32,7 @@ from secure_store.storage.fold import FOLD_TABLES, Fold, Row
 from secure_store.storage.fold import Remembered as Remembered
 
 _decode_record = msgspec.msgpack.Decoder(Record).decode
+_decode_told = msgspec.msgpack.Decoder(Told).decode
 _decode_durable = msgspec.msgpack.Decoder(Durable).decode
 _decode_row = msgspec.msgpack.Decoder(Row).decode
 
@@ -44,6 +46,14 @@ class Database(Fold):
     def load_state(self) -> Durable:
         raw = self.get_meta("pair")
         return Durable() if raw is None else _decode_durable(raw)
+
+    def save_told(self, told: Told) -> None:
+        self.put_meta("told", encode(told))
+
+    def load_told(self) -> Told:
+        """Which decided records have their audit line (see ledger.py)."""
+        raw = self.get_meta("told")
+        return Told() if raw is None else _decode_told(raw)
 
     # --- log ----------------------------------------------------------------------------------
 
@@ -72,6 +82,8 @@ class Database(Fold):
             if size > max_bytes:
                 break
         rows.close()
+        if not records and after_seq < self.last().seq:
+            return None  # a snapshot left no log at all
         return tuple(records)
 
     def position(self, seq: int) -> Position | None:
@@ -218,7 +230,29 @@ class Database(Fold):
         self.db.execute("DELETE FROM staged")
         self.put_meta("applied", encode(position))
         self.log_ends(position)
+        self.save_told(Told(position.seq, self.load_told().line))
         self.save_state(state)
+
+    # --- making another store of it (backup.py) -------------------------------------------------
+
+    def drop_log(self, position: Position) -> None:
+        """Forget every record: the fold is the state at `position`."""
+        self.db.execute("DELETE FROM log")
+        self.put_meta("applied", encode(position))
+        self.log_ends(position)
+
+    def drop_tokens(self) -> None:
+        """Forget every token, and every remembered answer."""
+        for table in ("tokens", "remembered"):
+            self.db.execute(f"DELETE FROM {table}")  # noqa: S608 - constants
+        self.recount()
+
+    def recount(self) -> None:
+        """Make the tally anew, from rows that have been inspected."""
+        self.empty_tally()
+        for name, head in self._heads():
+            if not name.startswith(b"meta\0"):
+                self.came(name, head)
 
     def copy_to(self, path: Path) -> None:
         """Write a consistent copy of the whole store to `path`, durably, whole or not at all; it
@@ -227,6 +261,7 @@ class Database(Fold):
         scratch = path.with_name(path.name + ".new")
         scratch.unlink(missing_ok=True)
         try:
+            self.db.execute("PRAGMA query_only = OFF")  # (it changes nothing here all the same)
             self.db.execute("VACUUM INTO ?", (str(scratch),))
             with scratch.open("rb+") as f:
                 os.fsync(f.fileno())

@@ -9,6 +9,7 @@ import msgspec
 
 from secure_store.core import kv
 from secure_store.core.changes import (
+    Audited,
     Change,
     Destroy,
     Genesis,
@@ -147,6 +148,8 @@ class Fold(Connection):
                 self._put_remembered(scope_hash.hex(), change.expires_ms, encode(kept))
             case Genesis(token_key):
                 self.put_meta("token_key", token_key)
+            case Audited():
+                pass  # told by the log, see ledger.py
 
     def _apply_key_change(self, change: kv.KeyChange) -> None:
         key = change.key

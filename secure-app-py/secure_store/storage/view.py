@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from secure_store.core import kv
 from secure_store.core.changes import (
+    Audited,
     Change,
     Destroy,
     MarkDeleted,
@@ -141,7 +142,7 @@ class View:
                     self.tokens.apply(change)
                 case PutPolicy(role, rules):
                     self.policies.put(role, rules)
-                case Remember():
+                case Remember() | Audited():
                     pass
                 case _:
                     self.token_key = change.token_key

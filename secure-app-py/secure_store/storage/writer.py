@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from secure_store.core.audit import Told
 from secure_store.core.effects import (
     AppendLog,
     InstallSnapshot,
@@ -70,6 +71,8 @@ class Writer:
         self._applied_seq = database.applied().seq
         self._tokens = database.load_tokens()
         self._log_first, self._log_count, self._log_bytes = database.log_size()
+        self._told = self._told_wished = database.load_told()
+        self._installs = 0
         self.commits = 0
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
@@ -88,6 +91,13 @@ class Writer:
         with self._lock:
             self._work.apply.extend(records)
             self._lock.notify()
+
+    def note_told(self, told: Told, installs: int) -> None:
+        """Save this with the next commit; it is void once a snapshot has been installed that it
+        does not know of (`installs`: how many it does)."""
+        with self._lock:
+            if installs == self._installs:
+                self._told_wished = told
 
     def stop(self) -> None:
         """Write what is queued, then end the thread."""
@@ -129,6 +139,10 @@ class Writer:
             if records:
                 database.apply(records, self._tokens, self._now_ms())
                 self._applied_seq = records[-1].seq
+            told = self._told_wished
+            if told != self._told:
+                database.save_told(told)
+                self._told = told
             for op in work.persist:
                 self._persist(op)
                 number = op.number
@@ -161,15 +175,19 @@ class Writer:
             case InstallSnapshot(_, begin, state):
                 self._database.install(begin.position, state)
                 self._applied_seq = begin.position.seq
+                with self._lock:
+                    self._installs += 1
+                    self._told = self._told_wished = self._database.load_told()
                 self._tokens = self._database.load_tokens()
                 self._log_first, self._log_count, self._log_bytes = 0, 0, 0
 
     def _trim(self) -> None:
-        """Keep the log short: half of it goes when it is too long, never what is not applied."""
+        """Keep the log short: half of it goes when it is too long, never what is not applied or
+        has no audit line yet."""
         if self._log_count <= LOG_RECORDS and self._log_bytes <= LOG_BYTES:
             return
         first, count, _ = self._database.log_size()
-        below = min(first + count // 2, self._applied_seq)
+        below = min(first + count // 2, self._applied_seq, self._told.record + 1)
         if below > first:
             self._database.trim_log(below)
         self._log_first, self._log_count, self._log_bytes = self._database.log_size()

@@ -4,11 +4,15 @@ sink."""
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from secure_store.core.audit import Code, verify
+from secure_store.config import ConfigError
+from secure_store.core.audit import FIRST_MAC, Code, Entry, make_line, verify
 from secure_store.storage.anchors import AnchorError, Anchors, read_anchors
 from secure_store.storage.audit_files import Sink, raw_lines, read_entries, segments
 from secure_store.storage.audit_log import AuditLog, AuditUnavailable
@@ -156,3 +160,105 @@ async def test_signed_heads_kept_elsewhere_expose_a_cut(keyring, tmp_path) -> No
     anchors.path.write_bytes(raw.replace(b'"seq":5', b'"seq":4'))
     with pytest.raises(AnchorError):
         read_anchors(anchors.path)
+
+
+class Hanging(Sink):
+    """A disk whose fsync does not come back until told."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.free = threading.Event()
+
+    def sync(self) -> bool:
+        self.free.wait(30)
+        return super().sync()
+
+
+async def test_a_sink_that_hangs_does_not_hold_up_one_that_works(keyring, tmp_path) -> None:
+    log = AuditLog(
+        "nodeA", "log", keyring, (tmp_path / "a.log", tmp_path / "b.log"), on_state=lambda _: None
+    )
+    stuck = log._workers[0].sink = Hanging(tmp_path / "a.log")
+    log.start()
+    for i in range(20):
+        await note(log, f"a{i}")
+        assert log.unavailable() is None
+    assert log.seq == 20
+    stuck.free.set()
+    log.stop()
+    assert (tmp_path / "a.log").read_bytes() == (tmp_path / "b.log").read_bytes()
+    assert verdict(keyring, tmp_path / "b.log") is Code.OK
+
+
+async def test_if_every_sink_hangs_requests_are_refused_within_a_second(keyring, tmp_path) -> None:
+    states: list[str | None] = []
+    path = tmp_path / "a.log"
+    log = AuditLog("nodeA", "log", keyring, (path,), on_state=states.append)
+    stuck = log._workers[0].sink = Hanging(path)
+    log.start()
+    began = time.monotonic()
+    with pytest.raises(AuditUnavailable):
+        await note(log, "denied")
+    assert time.monotonic() - began < 5  # 0.7 s and what a busy machine adds
+    assert log.unavailable() == "the audit disk hangs"
+    before = log.noted_seq
+    for _ in range(1_000):
+        log.refuse()
+    assert log.noted_seq == before, "nothing grows while the disk is away"
+    stuck.free.set()
+    async with asyncio.timeout(20):
+        while log.seq != log.noted_seq or log.unavailable():  # noqa: ASYNC110 - nothing to await
+            await asyncio.sleep(0.01)
+    log.stop()
+    assert states == ["the audit disk hangs", None]
+    assert b"1000 requests were refused" in path.read_bytes()
+    assert verdict(keyring, path) is Code.OK
+
+
+async def test_what_a_failed_fsync_left_in_doubt_is_written_anew(keyring, tmp_path) -> None:
+    path = tmp_path / "a.log"
+    log = AuditLog("nodeA", "log", keyring, (path,), on_state=lambda _: None)
+    real = os.fsync
+    fails = [True]
+
+    def fsync(fd: int) -> None:
+        if fails and threading.current_thread().name == "audit":
+            fails.clear()
+            os.ftruncate(fd, os.fstat(fd).st_size - 5)  # the disk lost what it did not report
+            raise OSError(5, "Input/output error")
+        real(fd)
+
+    log.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(AuditUnavailable):
+            await note(log, "one")
+        async with asyncio.timeout(20):
+            while log.seq != 1:  # noqa: ASYNC110 - nothing to await
+                await asyncio.sleep(0.01)
+        await note(log, "two")
+    log.stop()
+    assert verdict(keyring, path) is Code.OK
+    assert [line.split(b'"')[3] for line in raw_lines(path)] == [b"one", b"two"]
+
+
+def test_a_pipe_is_no_audit_file(keyring, tmp_path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("needs named pipes")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError):
+        AuditLog("nodeA", "log", keyring, (tmp_path / "pipe",), on_state=lambda _: None)
+
+
+def test_a_page_deep_in_a_long_log_is_found_without_reading_all_of_it(keyring, tmp_path) -> None:
+    path = tmp_path / "audit.log"
+    mac, lines = FIRST_MAC, []
+    for seq in range(1, 5_001):
+        entry = Entry(action="get", addr="", node="n", outcome="allowed", request_id=f"r{seq}",
+                      seq=seq, status=200, ts="", who="x" * (seq % 90))  # fmt: skip
+        line, mac = make_line(keyring.audit_mac_key, mac, entry)
+        lines.append(line)
+    path.write_bytes(b"".join(lines))
+    for after in (0, 1, 2_499, 4_990, 4_999):
+        assert read_entries(path, after, 7) == [line[:-1] for line in lines[after : after + 7]]
+    assert read_entries(path, 5_000, 7) == []

@@ -161,6 +161,38 @@ def test_uses_are_counted_and_a_spent_or_expired_token_is_nobody() -> None:
     assert heads.head_tokens.find(b"eeee", 100) is None
 
 
+def test_a_child_lives_no_longer_than_its_parent_and_needs_it_alive() -> None:
+    heads = Heads()
+    heads.do(AddOp(token("p", "file:ops", expires_ms=100)))
+    for asked, given_ms in ((0, 100), (500, 100), (60, 60)):
+        heads.do(AddOp(token("c", "p", expires_ms=asked)))
+        assert heads.head_tokens.by_accessor["c"].expires_ms == given_ms
+        heads.do(RevokeOp("c"))
+    heads.do(RevokeOp("p"))
+    with pytest.raises(OpFailed):
+        heads.do(AddOp(token("orphan", "p")))
+
+
+def test_expired_tokens_are_found_by_their_time_and_once_revoked_no_more() -> None:
+    heads = Heads()
+    for name, expires_ms in (("b", 20), ("a", 10), ("c", 0), ("d", 30)):
+        heads.do(AddOp(token(name, expires_ms=expires_ms)))
+    assert heads.head_tokens.expired(25, 10) == ["a", "b"]
+    assert heads.head_tokens.expired(25, 1) == ["a"]
+    heads.do(RevokeOp("a"))
+    assert heads.head_tokens.expired(25, 10) == ["b"]
+
+
+def test_all_tokens_made_with_a_static_one_can_be_revoked_by_its_name() -> None:
+    heads = Heads()
+    for each in (token("a", "file:ops"), token("b", "a"), token("c", "file:other")):
+        heads.do(AddOp(each))
+    heads.do(RevokeOp("file:ops"))
+    assert list(heads.head_tokens.by_accessor) == ["c"]
+    with pytest.raises(OpFailed):
+        heads.do(RevokeOp("file:ops"))
+
+
 ops = st.one_of(
     st.builds(SetOp, st.sampled_from("ab"), st.just(b"1"), st.none() | st.integers(0, 3)),
     st.builds(DeleteOp, st.sampled_from("ab")),
