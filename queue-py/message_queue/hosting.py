@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol, assert_never
 
 import msgspec
@@ -13,12 +14,14 @@ import msgspec
 from message_queue.api.rendering import message, messages
 from message_queue.core.delivery.model import Entry, Receipt
 from message_queue.core.delivery.owner import PartitionOwner
+from message_queue.core.delivery.stored import complete
 from message_queue.core.ids import unpack_dot
 from message_queue.core.messages import Spans
 from message_queue.core.operations import (
     Answer,
     Configure,
     Consume,
+    Direct,
     Extend,
     ListQueues,
     Nack,
@@ -46,7 +49,14 @@ QUEUED_BYTES = 64 << 20
 WAITERS = 10_000
 """Long polls of one partition at a time."""
 _NOTHING = Answer(204)
+Done = Callable[[Answer | None], None]
+"""Takes the answer; None: not the owner any more, nothing was done."""
 _json = msgspec.json.Encoder()
+
+
+def _resolve(answered: asyncio.Future[Answer | None], answer: Answer | None) -> None:
+    if not answered.done():  # else its client hung up
+        answered.set_result(answer)
 
 
 class Delivered:
@@ -91,6 +101,9 @@ class Surroundings(Protocol):
     def keep_bodies(self) -> bool:
         """Whether bodies may still be kept in memory."""
 
+    def memory_full(self) -> bool:
+        """Whether new messages must be put off until some are gone."""
+
     def report_damage(self, partition: int, lost: Spans) -> None:
         """Stored records turned out unreadable."""
 
@@ -119,7 +132,8 @@ class Host:
         self.around = around
         self.metrics = metrics
         self._token = 0
-        self._asked: dict[int, asyncio.Future[Answer | None]] = {}
+        self._asked: dict[int, tuple[Done, float]] = {}
+        """Who waits for something to be stored, and since when (loop time)."""
         self._polls: dict[int, asyncio.Future[list[Entry] | None]] = {}
         self._due: deque[tuple[float, int]] = deque()
         """(loop time, token) of everything in `_asked`, in order: one time limit for all."""
@@ -128,31 +142,12 @@ class Host:
 
     async def perform(self, op: Operation) -> Answer | None:
         """Do it. None: not the owner any more and nothing was done."""
-        around, owner = self.around, self.owner
+        owner = self.owner
         match op:
-            case Produce():
-                refused = self._cannot_store()
-                if refused is not None:
-                    return refused
-                token = self._next_token()
-                answer = owner.produce(token, op, around.cluster_ms(), around.wall_ms())
-                answer = await self._stored(token, answer)
-                if answer is not None and answer.status == 201:
-                    self.metrics.produced += len(op.messages)
-                return answer
-            case Settle():
-                token = self._next_token()
-                return await self._stored(token, owner.settle(token, op))
-            case Nack():
-                return self._now(owner.nack(op, around.cluster_ms()))
-            case Extend():
-                return self._now(owner.extend(op, around.cluster_ms()))
-            case Configure():
-                token = self._next_token()
-                return await self._stored(token, owner.configure(token, op))
-            case Purge(queue, delete):
-                token = self._next_token()
-                return await self._stored(token, owner.purge(token, queue, delete))
+            case Produce() | Settle() | Nack() | Extend() | Configure() | Purge():
+                answered: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+                self.begin(op, partial(_resolve, answered))
+                return await answered
             case Show(queue):
                 return self._show(queue)
             case Peek(queue, most):
@@ -166,6 +161,39 @@ class Host:
                 return Answer(200, _json.encode([self.figures(q) for q in self.names()]))
             case _:
                 assert_never(op)
+
+    def begin(self, op: Direct | Configure | Purge, done: Done) -> None:
+        """Do it and call `done` once, maybe at once: no task and no future for what is asked most.
+        What is stored first is answered when it is, or after `ANSWER_WITHIN_S`."""
+        around, owner = self.around, self.owner
+        answer: Answer | None
+        token = self._token = self._token + 1
+        match op:
+            case Produce():
+                answer = self._cannot_store()
+                if answer is None:
+                    answer = owner.produce(token, op, around.cluster_ms(), around.wall_ms())
+            case Settle():
+                answer = owner.settle(token, op)
+            case Nack():
+                answer = owner.nack(op, around.cluster_ms())
+            case Extend():
+                answer = owner.extend(op, around.cluster_ms())
+            case Configure():
+                answer = owner.configure(token, op)
+            case Purge(queue, delete):
+                answer = owner.purge(token, queue, delete)
+            case _:
+                assert_never(op)
+        if answer is not None:
+            self.after()
+            done(answer)
+            return
+        began_s = asyncio.get_running_loop().time()
+        self._asked[token] = (done, began_s)
+        self._due.append((began_s + ANSWER_WITHIN_S, token))
+        around.flush_soon(self)
+        around.time_matters(self)
 
     async def consume(self, op: Consume) -> Delivered | None:
         """Lease and render. Cancelling leaves nothing leased. None: not the owner any more."""
@@ -197,7 +225,8 @@ class Host:
             for entry, body in zip(taken, bodies, strict=True)
         ]
         body = messages(rendered) if op.batch else rendered[0]
-        return Delivered(Answer(200, body), lambda: self._release(receipts))
+        answer = Answer(200, body, messages=len(taken))
+        return Delivered(answer, lambda: self._release(receipts))
 
     async def _wait(self, op: Consume) -> list[Entry] | None:
         """Stand in line: messages, [] when the time is over, None when the ownership ended."""
@@ -234,6 +263,8 @@ class Host:
             return refusal(507, str(trouble.value), 5)
         if trouble is Trouble.FAILING:
             return refusal(503, str(trouble.value), 1, definite=True)
+        if self.around.memory_full():
+            return refusal(429, "Node's memory is full of messages", 5)
         if self.store.queued_bytes + self.owner.storing_bytes > QUEUED_BYTES:
             return refusal(429, "Node is busy storing", 1)
         return None
@@ -241,28 +272,6 @@ class Host:
     def _next_token(self) -> int:
         self._token += 1
         return self._token
-
-    def _now(self, answer: Answer) -> Answer:
-        self.after()
-        return answer
-
-    async def _stored(self, token: int, answer: Answer | None) -> Answer | None:
-        """The answer, once what it speaks of is stored on a majority."""
-        if answer is not None:
-            self.after()
-            return answer
-        loop = asyncio.get_running_loop()
-        asked: asyncio.Future[Answer | None] = loop.create_future()
-        self._asked[token] = asked
-        began_s = loop.time()
-        self._due.append((began_s + ANSWER_WITHIN_S, token))
-        self.around.flush_soon(self)
-        self.around.time_matters(self)
-        try:
-            return await asked
-        finally:
-            self._asked.pop(token, None)
-            self.metrics.stored_ms.observe((loop.time() - began_s) * 1000)
 
     # ── what the owner decided ──────────────────────────────────────────────────────────────────
 
@@ -272,10 +281,16 @@ class Host:
         owner.collect(self.around.cluster_ms())
         if owner.finished:
             finished, owner.finished = owner.finished, []
+            now_s = asyncio.get_running_loop().time()
+            observe = self.metrics.stored_ms.observe
             for token, answer in finished:
-                asked = self._asked.get(token)
-                if asked is not None and not asked.done():
-                    asked.set_result(answer)
+                asked = self._asked.pop(token, None)
+                if asked is not None:
+                    done, began_s = asked
+                    observe((now_s - began_s) * 1000)
+                    if answer is not None and answer.status == 201:
+                        self.metrics.produced += answer.messages
+                    done(answer)
         if owner.grants:
             grants, owner.grants = owner.grants, []
             # A commit may come in late (this process was stopped): without the lease a successor
@@ -316,9 +331,10 @@ class Host:
         nothing is left that waits for a moment."""
         while self._due and self._due[0][0] <= loop_s:
             _, token = self._due.popleft()
-            asked = self._asked.get(token)
-            if asked is not None and not asked.done():
-                asked.set_result(unknown_outcome("No quorum"))
+            asked = self._asked.pop(token, None)
+            if asked is not None:
+                self.metrics.stored_ms.observe(ANSWER_WITHIN_S * 1000)
+                asked[0](unknown_outcome("No quorum"))
         delivery = self.owner.delivery
         # Without the lease another node may deliver already: time must not hand out anything.
         if (delivery.paused or self.owner.due(now_ms)) and self.around.may_serve(self.partition):
@@ -342,27 +358,37 @@ class Host:
     async def bodies(self, entries: Sequence[Entry]) -> list[bytes] | None:
         """The bodies, read back where they are only on disk. None: one is unreadable here, now
         or for good (then the replication was told)."""
-        absent = [unpack_dot(entry.dot) for entry in entries if entry.body is None]
+        absent = {unpack_dot(entry.dot): entry for entry in entries if entry.body is None}
         if not absent:
             return [entry.body for entry in entries if entry.body is not None]
+        # Whose turn is next is read in the same breath: one read of many costs little more.
+        delivery = self.owner.delivery
+        ahead = delivery.ahead(next(iter(absent.values())).queue)
+        wanted = absent | {unpack_dot(entry.dot): entry for entry in ahead}
         try:
-            found, damaged = await self.store.read(self.partition, absent)
-            if len(found) + len(damaged) < len(absent):
+            found, damaged = await self.store.read(self.partition, list(wanted))
+            if len(found) + len(damaged) < len(wanted):
                 # Committed by the others before this node's own disk had it.
                 await self.store.flushed()
-                found, damaged = await self.store.read(self.partition, absent)
+                found, damaged = await self.store.read(self.partition, list(wanted))
         except OSError as e:
             log.error("cannot read the log: %s", e)
             return None
         if damaged:
             self.around.report_damage(self.partition, tuple((e, s, s) for e, s in damaged))
-        by_dot = {(epoch, seq): body for epoch, seq, _, body in found}
+        by_dot: dict[tuple[int, int], bytes] = {}
+        for epoch, seq, meta, body in found:
+            entry = wanted[epoch, seq]
+            complete(entry, meta)
+            by_dot[epoch, seq] = body
+            if (epoch, seq) not in absent:
+                delivery.attach(entry, body)
         bodies = []
         for entry in entries:
-            body = entry.body if entry.body is not None else by_dot.get(unpack_dot(entry.dot))
-            if body is None:
+            its = entry.body if entry.body is not None else by_dot.get(unpack_dot(entry.dot))
+            if its is None:
                 return None
-            bodies.append(body)
+            bodies.append(its)
         return bodies
 
     # ── figures ─────────────────────────────────────────────────────────────────────────────────

@@ -16,14 +16,13 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from itertools import islice
 from typing import Any, assert_never
 
 from message_queue.api.events import EventHub
 from message_queue.clocks import monotonic_ms, wall_ms
 from message_queue.config import Config
 from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
-from message_queue.core.ids import pack_dot, unpack_dot
+from message_queue.core.ids import unpack_dot
 from message_queue.core.messages import Copy, PeerMessage, Spans
 from message_queue.core.operations import (
     Answer,
@@ -35,6 +34,7 @@ from message_queue.core.operations import (
 )
 from message_queue.core.placement.ring import Ring
 from message_queue.core.replication.config import ReplicationConfig
+from message_queue.core.replication.dots import joined, runs_in
 from message_queue.core.replication.drafts import Accepted, NotOwner
 from message_queue.core.replication.effects import Effects, Gained, Lost, Note, Read
 from message_queue.core.replication.replicator import Replicator
@@ -55,7 +55,8 @@ CORE_TICK_MS = 50
 WATCH_MS = 200
 BATCHES_IN_FLIGHT = 1
 BATCH_BYTES = 4 << 20
-RESTORE_AT_ONCE = 500
+METADATA_SHARE = 2
+"""What is known of messages may take this many times `--memory_bytes` besides."""
 
 
 class Node:
@@ -87,9 +88,12 @@ class Node:
         self._told: set[tuple[str, int]] = set()
         """Hosts in which something waits for a moment: an idle node looks at none."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._serving = Serving(self.send, self.router.here)
+        self._serving = Serving(self.send, self.router.here, self.router.begin_here)
         self._keep_bodies = True
+        self._memory_full = False
         self._leases_due: dict[int, int] = {}
+        self._serves: dict[int, bool] = {}
+        self._serves_ms = 0
         self._ticker: asyncio.Task[None] | None = None
 
     @classmethod
@@ -122,12 +126,19 @@ class Node:
             recovered.clock_ms,
             now_ms,
         )
+        node.store.on_damage = node.report_damage
+        for warning in recovered.warnings:
+            log.warning("%s", warning)
+            events.publish("storage_warning", detail=warning)
         for segment, spans in recovered.damaged.items():
             log.error("segment %d has damaged records at bytes %s", segment, spans)
             events.publish("storage_damaged", segment=segment)
         if recovered.cut_bytes:
             log.warning("cut a torn write of %d bytes off the log's end", recovered.cut_bytes)
-        log.info("recovered %d records, incarnation %d", recovered.frames, node.incarnation)
+        log.info(
+            "recovered %d puts from the snapshot and %d records behind it, incarnation %d",
+            recovered.from_snapshot, recovered.frames, node.incarnation,
+        )  # fmt: skip
         return node
 
     def attach(self, links: Links[AnyMessage]) -> None:
@@ -164,6 +175,7 @@ class Node:
 
     def apply(self, fx: Effects) -> None:
         """Do what a step asks, in the order that `Effects` prescribes."""
+        self._serves.clear()
         if fx.batch:
             self.store.persist(fx.batch, fx.persist)
         if fx.send:
@@ -199,7 +211,8 @@ class Node:
         partition, epoch = gained.partition, gained.epoch
         state = self.replicator.state(partition)
         context = state.records.context
-        owner = PartitionOwner(partition, epoch, lambda dot: context.has(*unpack_dot(dot)))
+        shelf = self.store.shelf(partition)
+        owner = PartitionOwner(partition, epoch, lambda dot: context.has(*unpack_dot(dot)), shelf)
         settings = {
             key: setting.value
             for key, setting in state.records.settings.items()
@@ -207,28 +220,22 @@ class Node:
         }
         unreadable = owner.restore_settings(settings, self.cluster_ms())
         # In parts: a long pause of this loop would cost the very lease that was just won.
-        missing: list[tuple[int, int]] = []
-        dots = state.held.dots()
+        missing: list[tuple[int, int, int]] = []
         flushed = False
-        while part := list(islice(dots, RESTORE_AT_ONCE)):
+        for chunk in list(state.held.numbered()):
             await asyncio.sleep(0)
-            places = [self.store.place(partition, *dot) for dot in part]
-            if None in places and not flushed:
+            part = shelf.part(*chunk)
+            if part.missing and not flushed:
                 await self.store.flushed()
                 flushed = True
-                places = [self.store.place(partition, *dot) for dot in part]
+                part = shelf.part(*chunk)
             if state.sealed != epoch or not self.owns(partition):
                 return
-            missing += [dot for dot, p in zip(part, places, strict=True) if p is None]
-            held = [
-                (pack_dot(*dot), p.meta, p.body_bytes)
-                for dot, p in zip(part, places, strict=True)
-                if p is not None
-            ]
-            unreadable += owner.restore_messages(held, self.cluster_ms())
+            missing += runs_in(*unpack_dot(part.base), part.missing)
+            unreadable += owner.restore_part(part, self.cluster_ms())
         if missing:
-            log.error("partition %d: %d bodies are not on this disk", partition, len(missing))
-            self.report_damage(partition, tuple((e, s, s) for e, s in missing))
+            log.error("partition %d: bodies are not on this disk: %s", partition, missing[:9])
+            self.report_damage(partition, joined(missing))
             return
         owner.restore_leases(gained.soft, self.cluster_ms())
         for sentence in unreadable:
@@ -289,8 +296,16 @@ class Node:
         return wall_ms()
 
     def may_serve(self, partition: int) -> bool:
-        """This node holds the partition's lease now."""
-        return self.replicator.may_serve(partition, monotonic_ms())
+        """This node holds the partition's lease now. Asked for every request: what the core said
+        holds within one millisecond, unless it took a step since (see `apply`)."""
+        now_ms = monotonic_ms()
+        if now_ms != self._serves_ms:
+            self._serves.clear()
+            self._serves_ms = now_ms
+        serves = self._serves.get(partition)
+        if serves is None:
+            serves = self._serves[partition] = self.replicator.may_serve(partition, now_ms)
+        return serves
 
     def flush_soon(self, host: Host) -> None:
         """Propose at the end of this loop iteration, unless a batch is in flight already."""
@@ -337,6 +352,10 @@ class Node:
     def keep_bodies(self) -> bool:
         """Whether bodies may still be kept in memory (as of the last tick)."""
         return self._keep_bodies
+
+    def memory_full(self) -> bool:
+        """Whether new messages must be put off (as of the last tick)."""
+        return self._memory_full
 
     def report_damage(self, partition: int, lost: Spans) -> None:
         """Records are unreadable here: fetch them again."""
@@ -401,8 +420,7 @@ class Node:
                 core_due_ms = now_ms + CORE_TICK_MS
                 # First: a tick may hand a partition over, with the leases that were told last.
                 self._pass_leases_on(now_ms)
-                resident = sum(h.owner.delivery.resident_bytes for h in self.hosts.values())
-                self._keep_bodies = resident < self.config.memory_bytes
+                self._look_at_memory()
                 self.apply(self.replicator.tick(now_ms))
             loop_s = loop.time()
             if now_ms >= watch_due_ms:
@@ -413,12 +431,21 @@ class Node:
                 if host.ended or not host.tick(loop_s, cluster_ms):
                     self._timed.discard(host)
             self._serving.tick(loop_s)
+            self.router.forwards.tick(loop_s)
             if self._timed:
                 await asyncio.sleep(TICK_S)
                 continue
             self._time_matters.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._time_matters.wait(), CORE_TICK_MS / 1000)
+
+    def _look_at_memory(self) -> None:
+        """Bodies, and messages that merely wait, are in memory as far as there is room. What
+        cannot leave it (leases, delays, lifetimes, groups, the index) has a bound as well."""
+        used = sum(h.owner.memory_bytes for h in self.hosts.values())
+        limit = self.config.memory_bytes
+        self._keep_bodies = used < limit
+        self._memory_full = used + self.store.index_bytes > limit + METADATA_SHARE * limit
 
     def _pass_leases_on(self, now_ms: int) -> None:
         for partition, host in self.hosts.items():

@@ -6,8 +6,9 @@ storage makes durable; replaying the records in order rebuilds the state
 (``replication.state.PartitionState``).
 
 Words
-    partition   0..63; a queue hashes to one.
-    node        a position in ``--peers``, 0-based. Never an address.
+    partition   0..63; a queue hashes to one. 64 (``RING_PARTITION``) holds no queue but the ring.
+    node        a position: in ``--peers``, 0-based, or given to a joiner. Never an address, and
+                never given twice.
     epoch       one term of one owner. ``epoch % MAX_NODES`` is the owner's position, so two
                 nodes can't own the same epoch even if a promise is forgotten. 0: none yet.
     seq         counts an owner's records within its epoch, from 1 and without gaps.
@@ -26,7 +27,11 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta, Struct
 
-MAX_NODES: Final = 64
+MAX_NODES: Final = 1024
+"""Positions that one cluster can give out, ever: each join takes a new one."""
+
+RING_PARTITION: Final = 64
+"""Replicated on all members like any partition; its one setting is the ring (`placement`)."""
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Position = Annotated[int, Meta(ge=0, lt=MAX_NODES)]
@@ -39,6 +44,26 @@ Chunk = tuple[Count, Count, Annotated[bytes, Meta(min_length=1, max_length=128)]
 Chunks = tuple[Chunk, ...]
 """The wire form of a set of dots that may be full of holes: (epoch, n, bits), where bit i, lowest
 first, is seq n * 1024 + i. Sorted by epoch, then n. A million dots are 130 KB at most."""
+
+
+class Member(Struct, frozen=True, array_like=True):
+    """A node of the ring. ``id``: empty until it was heard of."""
+
+    addr: Annotated[str, Meta(max_length=300)]
+    id: Annotated[str, Meta(max_length=256)] = ""
+
+
+class Membership(Struct, frozen=True, array_like=True):
+    """The ring as a versioned configuration; ``placement.membership`` has its transitions."""
+
+    version: Count  # 1: the founding ring, from --peers
+    founders: Position  # positions 0..founders-1 founded the cluster
+    virtual_nodes: Annotated[int, Meta(ge=1, le=4096)]
+    copies: Annotated[int, Meta(ge=1, le=1 << 20)]
+    members: tuple[tuple[Position, Member], ...]  # who shall hold the data, by position
+    joining: Position | None = None  # a member that is being filled
+    leaving: tuple[Position, Member] | None = None  # no member any more, being emptied
+    next_position: Annotated[int, Meta(ge=1, le=MAX_NODES)] = 1
 
 
 class Standing(IntEnum):
@@ -87,7 +112,14 @@ class Set(Struct, frozen=True, array_like=True, tag=3):
     value: bytes
 
 
-Entry = Put | Ack | Set
+class Settled(Struct, frozen=True, array_like=True, tag=4):
+    """The seal of this epoch is on a majority of the old and of the new replicas: from here on the
+    new ones decide alone."""
+
+    seq: Count
+
+
+Entry = Put | Ack | Set | Settled
 
 
 class Copy(Struct, frozen=True, array_like=True):
@@ -121,6 +153,10 @@ class View(Struct, frozen=True, array_like=True):
     context: Spans
     held: Chunks
     settings: tuple[Setting, ...]
+    # who replicates the partition from this seal on; () = whom the founding ring names
+    replicas: tuple[Position, ...] = ()
+    # while these hand over to ``replicas``, a majority of both is needed; () = nobody does
+    before: tuple[Position, ...] = ()
 
 
 # --- what peers tell each other ------------------------------------------------------------------
@@ -136,6 +172,8 @@ class Heartbeat(Struct, frozen=True, array_like=True, tag=1):
     cluster_ms: Count  # the sender's cluster time
     owned: tuple[tuple[PartitionId, Count], ...]  # (partition, epoch): elected by a majority
     claimed: tuple[tuple[PartitionId, Count], ...]  # claimed, not elected yet
+    ring: Count = 0  # the version of the sender's ring
+    moving: tuple[PartitionId, ...] = ()  # owned, and not yet where that ring wants them
 
 
 class HeartbeatAnswer(Struct, frozen=True, array_like=True, tag=2):
@@ -145,6 +183,7 @@ class HeartbeatAnswer(Struct, frozen=True, array_like=True, tag=2):
     heard: Count
     cluster_ms: Count
     refused: tuple[tuple[PartitionId, Count, Count], ...]  # (partition, epoch asked, my promise)
+    ring: Count = 0
 
 
 class Canvass(Struct, frozen=True, array_like=True, tag=3):
@@ -160,6 +199,9 @@ class CanvassAnswer(Struct, frozen=True, array_like=True, tag=4):
     granted: bool
     promised: Count  # the answerer's promise
     standing: Standing
+    sealed: Count = 0  # the answerer's seal, and whom it names (see ``View``)
+    replicas: tuple[Position, ...] = ()
+    before: tuple[Position, ...] = ()
 
 
 class Claim(Struct, frozen=True, array_like=True, tag=5):
@@ -266,6 +308,7 @@ class Yield(Struct, frozen=True, array_like=True, tag=15):
     epoch: Count
     to: Position
     soft: bytes
+    target: tuple[Position, ...] = ()  # take over for these replicas; () = for the present ones
 
 
 class Soft(Struct, frozen=True, array_like=True, tag=16):
@@ -274,6 +317,28 @@ class Soft(Struct, frozen=True, array_like=True, tag=16):
     partition: PartitionId
     epoch: Count
     soft: bytes
+
+
+class Farewell(Struct, frozen=True, array_like=True, tag=17):
+    """I hold this partition and the ring does not want it here: am I needed?"""
+
+    partition: PartitionId
+    sealed: Count
+
+
+class Dismiss(Struct, frozen=True, array_like=True, tag=18):
+    """These replicas decide without you: drop what you hold."""
+
+    partition: PartitionId
+    epoch: Count
+    ring: Count
+    replicas: tuple[Position, ...]
+
+
+class RingNews(Struct, frozen=True, array_like=True, tag=19):
+    """A later ring than the receiver's, committed by a majority of the members before it."""
+
+    ring: Membership
 
 
 PeerMessage = (
@@ -293,6 +358,9 @@ PeerMessage = (
     | Attest
     | Yield
     | Soft
+    | Farewell
+    | Dismiss
+    | RingNews
 )
 
 
@@ -375,6 +443,15 @@ class CheckpointRecord(Struct, frozen=True, array_like=True, tag=7):
     copied: Chunks  # bodies fetched for a seal that is still to come
 
 
+class DismissRecord(Struct, frozen=True, array_like=True, tag=8):
+    """This node is no replica any more: it holds nothing, and knows who does."""
+
+    partition: PartitionId
+    epoch: Count
+    ring: Count
+    replicas: tuple[Position, ...]
+
+
 LogRecord = (
     AppendRecord
     | CopyRecord
@@ -383,6 +460,7 @@ LogRecord = (
     | WithdrawRecord
     | ClockRecord
     | CheckpointRecord
+    | DismissRecord
 )
 
 frame_decoder: Final = msgspec.msgpack.Decoder(Frame)

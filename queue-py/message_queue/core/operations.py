@@ -76,6 +76,9 @@ class Nack(Struct, frozen=True, array_like=True, tag=4):
     dot: Dot
     receipt: str | None = None
     delay_ms: Annotated[int, Meta(ge=0, le=MAX_DELAY_MS)] = 0
+    unseen: bool = False
+    """Fetched ahead and never shown to anybody: it goes back as if it had not been delivered, and
+    does not count as an attempt. Needs the receipt."""
 
 
 class Extend(Struct, frozen=True, array_like=True, tag=5):
@@ -127,6 +130,9 @@ class ListQueues(Struct, frozen=True, array_like=True, tag=11):
     """The queues of all partitions that this node owns."""
 
 
+Direct = Produce | Settle | Nack | Extend
+"""What is answered in its own time, without anybody standing in line for it."""
+
 Operation = (
     Produce
     | Consume
@@ -148,6 +154,8 @@ class Answer(Struct, frozen=True, array_like=True):
     status: int
     body: bytes = b""
     retry_after_s: int = 0
+    messages: int = 0
+    """How many were stored or leased with it, so that nobody on the way has to read the body."""
 
 
 class Results(Struct, frozen=True, array_like=True):

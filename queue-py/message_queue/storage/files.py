@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from io import FileIO
 from pathlib import Path
+from zlib import crc32
 
 if sys.platform == "darwin":
     import fcntl
@@ -50,14 +52,54 @@ def cut(path: Path, size: int) -> None:
         sync_data(file.fileno())
 
 
+READ_BYTES = 1 << 20
+_GAP_BYTES = 16 << 10
+
+
 def read_at(path: Path, spans: list[tuple[int, int]]) -> list[bytes]:
-    """The bytes of each (offset, length), fewer where the file ends early."""
-    with path.open("rb") as file:
-        found = []
-        for offset, length in spans:
-            file.seek(offset)
-            found.append(file.read(length))
-        return found
+    """The bytes of each (offset, length), fewer where the file ends early. Spans that lie close to
+    each other are read at once, so that a batch costs one call, not one for each."""
+    found: dict[tuple[int, int], bytes] = {}
+    with path.open("rb", buffering=0) as file:
+        ordered = sorted(set(spans))
+        at = 0
+        while at < len(ordered):
+            first, end = ordered[at][0], sum(ordered[at])
+            until = at + 1
+            while until < len(ordered):
+                offset, length = ordered[until]
+                if offset > end + _GAP_BYTES or offset + length > first + READ_BYTES:
+                    break
+                end = max(end, offset + length)
+                until += 1
+            file.seek(first)
+            data = read_fully(file, end - first)
+            for offset, length in ordered[at:until]:
+                found[offset, length] = data[offset - first : offset - first + length]
+            at = until
+    return [found[span] for span in spans]
+
+
+def read_fully(file: FileIO, length: int) -> bytes:
+    """`length` bytes from where the file stands, fewer only at its end."""
+    data = file.read(length)
+    while len(data) < length and (more := file.read(length - len(data))):
+        data += more
+    return data
+
+
+def checksum(path: Path, size: int) -> tuple[int, int]:
+    """(bytes, CRC-32) of the first `size` bytes of a file, or of all if it has fewer. A large read
+    and its CRC let other threads run."""
+    crc = done = 0
+    with path.open("rb", buffering=0) as file:
+        while done < size:
+            data = file.read(min(4 * READ_BYTES, size - done))
+            if not data:
+                break
+            crc = crc32(data, crc)
+            done += len(data)
+    return done, crc
 
 
 def reserve(path: Path, size: int) -> None:

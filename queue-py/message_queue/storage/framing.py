@@ -72,15 +72,17 @@ def frame_at(data: bytes | memoryview, start: int) -> Frame | None:
     return Frame(start, body + length, bytes(data[body + len(MARK) : body + length]))
 
 
-def scan(data: bytes) -> Iterator[Frame | Damage]:
+def scan(data: bytes, position: int = 0) -> Iterator[Frame | Damage]:
     """Every good frame of a segment in order, with the damaged stretches between them.
 
-    `data` is the whole segment, header included. A damaged header costs nothing but a report: the
-    frames after it are found by their marks. The last item is a `Damage` with `torn` set when the
-    segment ends in bytes that are no frame (a write that the crash cut short).
+    `data` is the whole segment, header included; `position` the end of a frame to go on from, 0 for
+    all. A damaged header costs nothing but a report: the frames after it are found by their marks.
+    The last item is a `Damage` with `torn` set when the segment ends in bytes that are no frame (a
+    write that the crash cut short).
     """
-    position = len(HEADER)
-    if data[:position] != HEADER:
+    if not position and data[: len(HEADER)] == HEADER:
+        position = len(HEADER)
+    if not position:
         found = _next_good(data, 0)
         if found is None:
             yield Damage(0, len(data), torn=True)

@@ -33,7 +33,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
+from zlib import crc32
 
 import aiofiles
 from aiofiles.os import wrap
@@ -41,6 +42,7 @@ from aiofiles.threadpool.binary import AsyncFileIO
 
 from message_queue.storage import files
 from message_queue.storage.framing import HEADER, frame, frame_at
+from message_queue.storage.segments import locate, segment_of, segment_path, span_of
 
 T = TypeVar("T")
 
@@ -74,30 +76,13 @@ class Durable(Generic[T]):
     locator: int
 
 
-def locate(segment: int, offset: int, length: int) -> int:
-    """Segment, byte offset and frame length in one integer (three times smaller than a tuple)."""
-    return segment << 64 | offset << 32 | length
+class Mark(NamedTuple):
+    """A segment up to some byte: what a snapshot of the index rests on."""
 
-
-def segment_of(locator: int) -> int:
-    """The segment that a locator points into."""
-    return locator >> 64
-
-
-def span_of(locator: int) -> tuple[int, int]:
-    """(offset, length) of the frame that a locator points at."""
-    return locator >> 32 & 0xFFFFFFFF, locator & 0xFFFFFFFF
-
-
-def segment_path(directory: Path, segment: int) -> Path:
-    """The file of a segment."""
-    return directory / f"segment-{segment:08d}.log"
-
-
-def segments_in(directory: Path) -> list[int]:
-    """Numbers of the segments in a directory, oldest first."""
-    names = (path.stem.removeprefix("segment-") for path in directory.glob("segment-*.log"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    segment: int
+    size: int
+    crc: int
+    """CRC-32 of the bytes before `size`."""
 
 
 class SegmentLog(Generic[T]):
@@ -123,6 +108,8 @@ class SegmentLog(Generic[T]):
         self.segment_bytes = segment_bytes
         self.sizes: dict[int, int] = {}
         """Bytes of every segment on disk. Invariant: the last key is the one being written."""
+        self.crcs: dict[int, int] = {}
+        """CRC-32 of those bytes, kept while they are written."""
         self.trouble: Trouble | None = None
         self.queued_bytes = 0
         """Bytes appended and not yet reported; the node's backpressure."""
@@ -148,9 +135,10 @@ class SegmentLog(Generic[T]):
         self._read_thread = ThreadPoolExecutor(1, thread_name_prefix="log-reader")
         self._write_and_sync = wrap(self._write_and_sync_blocking)
 
-    async def start(self, sizes: dict[int, int]) -> None:
+    async def start(self, sizes: dict[int, int], crcs: dict[int, int]) -> None:
         """Open a fresh segment after those recovered (`sizes`) and start the writer."""
         self.sizes = dict(sorted(sizes.items()))
+        self.crcs = dict(crcs)
         self._segment = max(self.sizes, default=0)
         # On a small disk the reserve is a small part of it.
         free = await wrap(files.free_bytes)(self.directory)
@@ -186,18 +174,21 @@ class SegmentLog(Generic[T]):
                         found[locator] = good.payload
         return found
 
-    async def read_segment(self, segment: int) -> bytes:
-        """A whole closed segment (for rewriting it)."""
-        read_bytes = wrap(Path.read_bytes)
-        path = segment_path(self.directory, segment)
-        data: bytes = await read_bytes(path, executor=self._read_thread)
-        return data
+    def marks(self) -> list[Mark]:
+        """Every segment as far as it was reported durable."""
+        return [Mark(n, size, self.crcs.get(n, 0)) for n, size in self.sizes.items()]
+
+    async def synced(self) -> None:
+        """Return when the open segment is on the medium, whatever `fsync` says."""
+        if self._fsync is not Fsync.ALWAYS:
+            await self._sync_now()
 
     async def delete(self, segment: int) -> None:
         """Remove a closed segment from the disk. The open one is never removed."""
         if (segment == self._segment and self._file is not None) or segment not in self.sizes:
             return
         del self.sizes[segment]
+        self.crcs.pop(segment, None)
         unlink = wrap(Path.unlink)
         await unlink(
             segment_path(self.directory, segment), missing_ok=True, executor=self._read_thread
@@ -269,7 +260,10 @@ class SegmentLog(Generic[T]):
                 if self._file is None or self._would_overflow(len(data)):
                     await self._next_segment()
                 assert self._file is not None  # noqa: S101 - _next_segment opened it
-                await self._write_and_sync(self._file.fileno(), data, executor=self._write_thread)
+                before = self.crcs[self._segment]
+                crc = await self._write_and_sync(
+                    self._file.fileno(), data, before, executor=self._write_thread
+                )
                 break
             except _SyncFailed as failure:
                 failed_syncs += 1
@@ -291,6 +285,7 @@ class SegmentLog(Generic[T]):
             written.append(Durable(token, locate(self._segment, offset, len(framed))))
             offset += len(framed)
         self.sizes[self._segment] = offset
+        self.crcs[self._segment] = crc
         if self._fsync is not Fsync.INTERVAL:
             self._synced_size = offset
         self.queued_bytes -= len(data)
@@ -303,7 +298,8 @@ class SegmentLog(Generic[T]):
         too_long = size + more > self.segment_bytes or self._rotate
         return size > len(HEADER) and too_long
 
-    def _write_and_sync_blocking(self, descriptor: int, data: bytes) -> None:
+    def _write_and_sync_blocking(self, descriptor: int, data: bytes, crc: int) -> int:
+        """Returns the segment's CRC-32 with `data` after what gave `crc`."""
         files.write_all(descriptor, data)
         if self._fsync is Fsync.ALWAYS:
             try:
@@ -311,6 +307,7 @@ class SegmentLog(Generic[T]):
             except OSError as failure:
                 raise _SyncFailed(str(failure)) from failure
             self.syncs += 1
+        return crc32(data, crc)
 
     async def _next_segment(self) -> None:
         """Close the open segment and begin the next one, its name durable before any record."""
@@ -323,7 +320,7 @@ class SegmentLog(Generic[T]):
         path = segment_path(self.directory, number)
         file = await aiofiles.open(path, "wb", buffering=0, executor=self._write_thread)
         try:
-            await self._write_and_sync(file.fileno(), HEADER, executor=self._write_thread)
+            crc = await self._write_and_sync(file.fileno(), HEADER, 0, executor=self._write_thread)
             sync_directory = wrap(files.sync_directory)
             await sync_directory(self.directory, executor=self._write_thread)
         except (OSError, _SyncFailed) as failure:
@@ -333,6 +330,7 @@ class SegmentLog(Generic[T]):
         self._file, self._segment = file, number
         self._rotate = False
         self.sizes[number] = self._synced_size = len(HEADER)
+        self.crcs[number] = crc
 
     async def _abandon(self) -> None:
         """Leave the open segment at its last durable byte; the next write begins another."""

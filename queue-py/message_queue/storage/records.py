@@ -6,12 +6,28 @@ where a body lies, never what is held.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Final, assert_never
 
 import msgspec
 from msgspec import Struct
 
-from message_queue.core.messages import Copy, LogRecord, PartitionId, record_decoder
+from message_queue.core.ids import pack_dot
+from message_queue.core.messages import (
+    AppendRecord,
+    CheckpointRecord,
+    ClockRecord,
+    Copy,
+    CopyRecord,
+    DismissRecord,
+    LogRecord,
+    PartitionId,
+    PromiseRecord,
+    Put,
+    SealRecord,
+    WithdrawRecord,
+    record_decoder,
+)
 
 _CORE: Final = b"\x00"
 _MOVED: Final = b"\x01"
@@ -30,6 +46,24 @@ _moved_decoder: Final = msgspec.msgpack.Decoder(Moved)
 
 class UnreadableRecord(Exception):
     """A frame with a good CRC whose payload this version does not understand."""
+
+
+def puts_in(record: LogRecord | Moved) -> Iterator[tuple[int, int, bytes, bytes]]:
+    """(partition, dot, meta, body) of every put that a record stores."""
+    match record:
+        case AppendRecord(partition, epoch, entries):
+            for entry in entries:
+                if isinstance(entry, Put):
+                    yield partition, pack_dot(epoch, entry.seq), entry.meta, entry.body
+        case CopyRecord(partition, _, copies) | Moved(partition, copies):
+            for copy in copies:
+                yield partition, pack_dot(copy.epoch, copy.seq), copy.meta, copy.body
+        case PromiseRecord() | SealRecord() | WithdrawRecord() | ClockRecord() | CheckpointRecord():
+            return
+        case DismissRecord():
+            return
+        case _:
+            assert_never(record)
 
 
 def encode(record: LogRecord | Moved) -> bytes:

@@ -1,10 +1,8 @@
 """The node's durable store: records in, bodies out.
 
 Persist in the order of the core's effects; `on_durable(batch)` says up to which batch everything
-is on disk. Bodies are found again by their dots. What is needed no more is given back by
-compaction, in the background and bounded: a round writes a checkpoint of every partition (which
-makes all records before it redundant), then deletes closed segments without needed bodies and
-rewrites those that are mostly unneeded.
+is on disk. Bodies are found again by their dots. What is needed no more is given back in the
+background (`compaction`).
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -23,36 +21,23 @@ from message_queue.core.ids import pack_dot, unpack_dot
 from message_queue.core.messages import (
     AppendRecord,
     ClockRecord,
-    Copy,
     CopyRecord,
     LogRecord,
     Spans,
 )
-from message_queue.core.replication.state import PartitionState
-from message_queue.storage import files
-from message_queue.storage.framing import Frame, scan
+from message_queue.storage.compaction import Housekeeper
 from message_queue.storage.index import Place
-from message_queue.storage.log import (
-    Durable,
-    Fsync,
-    SegmentLog,
-    Trouble,
-    segment_of,
-    segment_path,
-    span_of,
-)
-from message_queue.storage.records import Moved, UnreadableRecord, decode, encode
-from message_queue.storage.recovery import Recovered, puts_in, recover
+from message_queue.storage.log import Durable, Fsync, SegmentLog, Trouble
+from message_queue.storage.records import Moved, UnreadableRecord, decode, encode, puts_in
+from message_queue.storage.recovery import Recovered, recover
+from message_queue.storage.segments import span_of
+from message_queue.storage.shelf import PartitionShelf
 
 log = logging.getLogger(__name__)
 
-COMPACT_CHECK_S = 1.0
-_REWRITE_BELOW = 0.5
-"""A segment is rewritten when less than this share of its puts is still needed."""
-_MOVE_BYTES = 512 * 1024
-_MANY_SEGMENTS = 32
-_FRUITLESS_PAUSE_S = 30.0
 _CACHED_BYTES = 8 << 20
+_WORTH_A_SNAPSHOT = 1_000
+_LAST_SNAPSHOT_S = 1.5
 
 Body = tuple[int, int, bytes, bytes]
 """(epoch, seq, meta, body)"""
@@ -112,10 +97,8 @@ class Store:
         self.states = recovered.states
         """Kept by reference: after start the replication core is their only writer."""
         self._index = recovered.index
-        self._totals = recovered.totals
         self._clock_ms = recovered.clock_ms
         self._on_durable = on_durable
-        self._quarantine = set(recovered.damaged)
         self._log: SegmentLog[_Ticket] = SegmentLog(
             directory,
             segment_bytes=segment_bytes,
@@ -125,8 +108,24 @@ class Store:
             on_trouble=on_trouble,
         )
         self._frames = _FrameCache(_CACHED_BYTES)
-        self._compactor: asyncio.Task[None] | None = None
-        self.compactions = 0
+        self._entries = 0
+        """Puts and other entries handed to the log in this life."""
+        self._keeper: asyncio.Task[None] | None = None
+        self.on_damage: Callable[[int, Spans], None] = lambda _partition, _lost: None
+        """Told of puts that compaction found unreadable."""
+        self.housekeeper = Housekeeper(
+            self._log,
+            self._index,
+            self.states,
+            append=lambda record: self._log.append(encode(record), _Ticket(0, record)),
+            barrier=self.flushed,
+            entries=lambda: self._entries,
+            clock_ms=lambda: self._clock_ms,
+            on_damage=lambda partition, lost: self.on_damage(partition, lost),
+            quarantine=set(recovered.damaged),
+            marked=recovered.marked,
+            behind=recovered.frames,
+        )
 
     @classmethod
     async def open(
@@ -151,22 +150,36 @@ class Store:
             on_halt=on_halt,
             on_trouble=on_trouble,
         )
-        await store._log.start(recovered.sizes)
+        await store._log.start(recovered.sizes, recovered.crcs)
         for record in recovered.withdrawn:
             store._log.append(encode(record), _Ticket(0, record))
+        if recovered.useless_snapshot:
+            # What a snapshot ahead of its segments knew is on disk again before it goes.
+            await store.flushed()
+            await store.housekeeper.drop_snapshot()
         return store
 
     def start(self) -> None:
         """Begin to compact. Call when `states` is in the replication core's hands."""
-        self._compactor = asyncio.create_task(self._compact_loop(), name="compactor")
+        self._keeper = asyncio.create_task(self.housekeeper.run(), name="housekeeper")
 
     async def close(self) -> None:
-        """Write what waits, then close the files."""
-        if self._compactor is not None:
-            self._compactor.cancel()
+        """Write what waits, and a snapshot if the next start would replay much; close the files."""
+        if self._keeper is not None:
+            self._keeper.cancel()
             with suppress(asyncio.CancelledError):
-                await self._compactor
+                await self._keeper
+            if self.housekeeper.tail > _WORTH_A_SNAPSHOT:
+                try:
+                    async with asyncio.timeout(_LAST_SNAPSHOT_S):
+                        await self.housekeeper.snapshot()
+                except (OSError, TimeoutError) as failure:
+                    log.warning("no snapshot of the index: %s", failure)
         await self._log.close()
+
+    async def compact(self) -> None:
+        """One round of compaction, now."""
+        await self.housekeeper.compact()
 
     # ── records ─────────────────────────────────────────────────────────────────────────────────
 
@@ -175,6 +188,7 @@ class Store:
         on disk."""
         last = len(records) - 1
         for number, record in enumerate(records):
+            self._entries += len(record.entries) if isinstance(record, AppendRecord) else 1
             self._log.append(encode(record), _Ticket(batch if number == last else 0, record))
 
     def _written(self, written: list[Durable[_Ticket]]) -> None:
@@ -194,19 +208,18 @@ class Store:
 
     def _place(self, locator: int, record: AppendRecord | CopyRecord | Moved) -> None:
         state = self.states.get(record.partition)
-        segment = segment_of(locator)
-        count = 0
         for partition, dot, meta, body in puts_in(record):
-            count += 1
             # It may have been acked (or voided) while it was being written.
             if state is not None and state.has_body(*unpack_dot(dot)):
-                self._index.put(partition, dot, Place(locator, meta, len(body)))
-        if count:
-            self._totals[segment] = self._totals.get(segment, 0) + count
+                self._index.put(partition, dot, locator, meta, len(body))
 
     def forget(self, partition: int, spans: Spans) -> None:
         """These puts are needed no more."""
         self._index.drop_spans(partition, spans)
+
+    def shelf(self, partition: int) -> PartitionShelf:
+        """What the index knows of a partition's messages."""
+        return PartitionShelf(self._index, partition)
 
     # ── bodies ──────────────────────────────────────────────────────────────────────────────────
 
@@ -221,9 +234,9 @@ class Store:
         have are in neither. Raises OSError when the disk cannot be read just now."""
         wanted: dict[int, list[tuple[int, int]]] = {}
         for epoch, seq in dots:
-            place = self._index.get(partition, pack_dot(epoch, seq))
-            if place is not None:
-                wanted.setdefault(place.locator, []).append((epoch, seq))
+            locator = self._index.locator(partition, pack_dot(epoch, seq))
+            if locator is not None:
+                wanted.setdefault(locator, []).append((epoch, seq))
         frames = {locator: self._frames.get(locator) for locator in wanted}
         frames |= await self._fetch([locator for locator, puts in frames.items() if puts is None])
         found: list[Body] = []
@@ -237,10 +250,10 @@ class Store:
                     found.append((epoch, seq, meta, body))
                 continue
             for dot in its_dots:
-                place = self._index.get(partition, pack_dot(*dot))
-                if place is not None:
+                now_at = self._index.locator(partition, pack_dot(*dot))
+                if now_at is not None:
                     # Compaction may have moved it between the look-up and the read.
-                    (damaged if place.locator == locator else moved).append(dot)
+                    (damaged if now_at == locator else moved).append(dot)
         if moved:
             more, worse = await self.read(partition, moved)
             return found + more, damaged + worse
@@ -260,7 +273,8 @@ class Store:
             with suppress(UnreadableRecord):
                 puts = {(p, dot): (m, b) for p, dot, m, b in puts_in(decode(payload))}
                 frames[locator] = puts
-                self._frames.add(locator, puts)
+                if len(puts) > 1:
+                    self._frames.add(locator, puts)
         return frames
 
     async def flushed(self) -> None:
@@ -281,6 +295,11 @@ class Store:
         """Bytes handed over and not yet durable."""
         return self._log.queued_bytes
 
+    @property
+    def index_bytes(self) -> int:
+        """About what the index takes in memory."""
+        return 40 * self._index.count() + 2 * self._index.extra_bytes
+
     def figures(self) -> dict[str, int]:
         """For /status and /metrics."""
         return {
@@ -288,122 +307,7 @@ class Store:
             "log_bytes": sum(self._log.sizes.values()),
             "stored_records": self._index.count(),
             "syncs": self._log.syncs,
-            "compactions": self.compactions,
+            "compactions": self.housekeeper.compactions,
+            "snapshots": self.housekeeper.snapshots,
+            "index_bytes": self.index_bytes,
         }
-
-    # ── compaction ──────────────────────────────────────────────────────────────────────────────
-
-    async def _compact_loop(self) -> None:
-        pause_s = COMPACT_CHECK_S
-        while True:
-            await asyncio.sleep(pause_s)
-            pause_s = COMPACT_CHECK_S
-            if not (self._quarantine or self._worth_it()):
-                continue
-            before = sum(self._log.sizes.values())
-            try:
-                await self.compact()
-            except OSError as failure:
-                log.warning("compaction put off: %s", failure)
-            fruitless = sum(self._log.sizes.values()) > 0.9 * before
-            if fruitless and self.trouble is None:
-                # It gained next to nothing (a limit on file sizes keeps segments small, say).
-                pause_s = _FRUITLESS_PAUSE_S
-
-    def _shares(self) -> dict[int, float]:
-        """Closed segment -> share of its puts that is still needed."""
-        return {
-            segment: self._index.live.get(segment, 0) / max(1, self._totals.get(segment, 0))
-            for segment in self._log.sizes
-            if segment != self._log.segment
-        }
-
-    def _worth_it(self) -> bool:
-        shares = self._shares()
-        needed = sum(self._log.sizes[s] * share for s, share in shares.items())
-        total = sum(self._log.sizes[s] for s in shares)
-        # At most half of a large log is waste; restarts leave small segments, which add up too.
-        many = len(shares) > _MANY_SEGMENTS + 4 * needed // self._log.segment_bytes
-        wasted = total - needed
-        if self.trouble is not None:
-            return wasted > total / 10
-        return many or wasted > max(self._log.segment_bytes, needed)
-
-    async def compact(self) -> None:
-        """One round: checkpoint everything, then delete and rewrite closed segments. May be
-        cancelled at any point: a segment goes only when all that is needed of it is durable."""
-        closed = [s for s in self._log.sizes if s != self._log.segment]
-        quarantined = self._quarantine & set(closed)
-        for state in list(self.states.values()):
-            # Same step: the checkpoint stands in the log exactly where the state is.
-            self._log.append(encode(state.checkpoint()), _Ticket(0))
-            await asyncio.sleep(0)
-        await self._barrier([ClockRecord(self._clock_ms)] if self._clock_ms else [])
-        for segment in closed:
-            live = self._index.live.get(segment, 0)
-            share = live / max(1, self._totals.get(segment, 0))
-            small = self._log.sizes[segment] * 2 < self._log.segment_bytes
-            wanted = live and (share < _REWRITE_BELOW or small or segment in quarantined)
-            # On a full disk, copies would take the room that acks need.
-            if wanted and await self._log.has_room(int(self._log.sizes[segment] * share)):
-                await self._rewrite(segment)
-            if not self._index.live.get(segment):
-                await self._remove(segment, keep=segment in quarantined)
-        self.compactions += 1
-
-    async def _barrier(self, records: Sequence[LogRecord | Moved]) -> None:
-        """Return when `records` and everything before them are durable."""
-        for record in records:
-            self._log.append(encode(record), _Ticket(0, record))
-        await self.flushed()
-
-    async def _rewrite(self, segment: int) -> None:
-        """Copy the needed puts of a closed segment to the log's head."""
-        data = await self._log.read_segment(segment)
-        for partition, copies in self._needed_of(segment, data):
-            await self._barrier([Moved(partition, copies)])
-
-    def _needed_of(self, segment: int, data: bytes) -> Iterator[tuple[int, tuple[Copy, ...]]]:
-        gathered: dict[int, list[Copy]] = {}
-        size = 0
-        for item in scan(data):
-            if not isinstance(item, Frame):
-                continue
-            try:
-                record = decode(item.payload)
-            except UnreadableRecord:
-                continue  # reported at start-up; what it held was withdrawn
-            for partition, dot, meta, body in puts_in(record):
-                place = self._index.get(partition, dot)
-                if place is not None and segment_of(place.locator) == segment:
-                    gathered.setdefault(partition, []).append(Copy(*unpack_dot(dot), meta, body))
-                    size += len(meta) + len(body)
-            if size > _MOVE_BYTES:
-                for partition, copies in gathered.items():
-                    yield partition, tuple(copies)
-                gathered, size = {}, 0
-        for partition, copies in gathered.items():
-            yield partition, tuple(copies)
-
-    async def _remove(self, segment: int, keep: bool) -> None:
-        if keep:
-            await wrap(_set_aside)(self.directory, segment)
-            self._quarantine.discard(segment)
-            log.warning("segment %d went to quarantine/: it has damaged records", segment)
-        await self._log.delete(segment)
-        self._totals.pop(segment, None)
-
-
-def _set_aside(directory: Path, segment: int) -> None:
-    quarantine = directory / "quarantine"
-    quarantine.mkdir(exist_ok=True)
-    path = segment_path(directory, segment)
-    path.replace(quarantine / path.name)
-    files.sync_directory(quarantine)
-    files.sync_directory(directory)
-
-
-def metas_of(store: Store, state: PartitionState) -> Iterator[tuple[int, int, Place | None]]:
-    """(epoch, seq, place) of every put that a partition holds, in the order of dots."""
-    for epoch, seq in state.held.dots():
-        yield epoch, seq, store.place(state.partition, epoch, seq)

@@ -9,10 +9,12 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from message_queue.core.delivery.backlog import Card
 from message_queue.core.delivery.invariants import check
 from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.model import Ended, Entry, Receipt, Settings, Verdict
 from message_queue.core.delivery.partition import PartitionDelivery
+from message_queue.core.ids import pack_dot
 
 QUEUES = ["a", "b"]
 
@@ -89,13 +91,25 @@ class Model:
         return sorted(ready, key=lambda m: (-m.priority, m.dot))
 
 
+class FakeShelf:
+    """What a disk would know."""
+
+    def __init__(self) -> None:
+        self.cards: dict[int, Card] = {}
+
+    def card(self, dot: int) -> Card | None:
+        return self.cards.get(dot)
+
+
 class DeliveryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1_000
-        self.sut = PartitionDelivery(epoch=3)
+        self.shelf = FakeShelf()
+        self.sut = PartitionDelivery(3, self.shelf)
         self.model = Model()
         self.next_dot = 1
+        self.shelved = 0
         self.receipts: list[tuple[int, Receipt]] = []
 
     def settle_endings(self) -> None:
@@ -108,26 +122,34 @@ class DeliveryMachine(RuleBasedStateMachine):
     def pick(self, draw: st.DataObject) -> Naive:
         return draw.draw(st.sampled_from(self.model.messages))
 
-    @rule(queue=st.sampled_from(QUEUES), messages=MESSAGES)
-    def put(self, queue: str, messages: list[tuple[int, str | None, int, int]]) -> None:
+    @rule(queue=st.sampled_from(QUEUES), messages=MESSAGES, memory_full=st.booleans())
+    def put(
+        self, queue: str, messages: list[tuple[int, str | None, int, int]], memory_full: bool
+    ) -> None:
         for priority, group, delay, ttl in messages:
             dot, self.next_dot = self.next_dot, self.next_dot + 1
             ready_at = self.now + delay if delay else 0
             expires = self.now + ttl if ttl else 0
-            self.sut.put(
-                Entry(
-                    dot=dot,
-                    queue=queue,
-                    body=b"1",
-                    body_bytes=1,
-                    enqueued_ms=self.now,
-                    group=group,
-                    priority=priority,
-                    ready_at_ms=ready_at,
-                    expires_ms=expires,
-                ),
-                self.now,
-            )
+            if group is None and not delay and not ttl:
+                self.shelf.cards[dot] = Card(queue, priority, 1, self.now)
+            if dot in self.shelf.cards and self.sut.deep(queue, keep_bodies=not memory_full):
+                self.sut.shelve_one(queue, dot, priority, 1)
+                self.shelved += 1
+            else:
+                self.sut.put(
+                    Entry(
+                        dot=dot,
+                        queue=queue,
+                        body=b"1",
+                        body_bytes=1,
+                        enqueued_ms=self.now,
+                        group=group,
+                        priority=priority,
+                        ready_at_ms=ready_at,
+                        expires_ms=expires,
+                    ),
+                    self.now,
+                )
             where = "delayed" if delay else "ready"
             self.model.messages.append(
                 Naive(dot, queue, priority, group, ready_at, expires, where, ready_at)
@@ -232,12 +254,24 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.sut.configure(queue, Settings(max_deliveries=most, dead_letter="d"), self.now)
         self.model.max_deliveries[queue] = most
 
-    @rule(queue=st.sampled_from(QUEUES))
-    def purge(self, queue: str) -> None:
+    @rule(queue=st.sampled_from(QUEUES), refused=st.booleans())
+    def purge(self, queue: str, refused: bool) -> None:
         expected = [m for m in self.model.messages if m.queue == queue and m.where != "settling"]
-        assert sorted(self.sut.purge(queue)) == sorted(m.dot for m in expected)
+        dots, waiting = self.sut.purge(queue)
+        shelved = [pack_dot(*dot) for dot in waiting.all().dots()] if waiting is not None else []
+        assert sorted(dots + shelved) == sorted(m.dot for m in expected)
+        assert self.sut.counts(queue).ready == 0
         for m in expected:
-            m.where = "settling"
+            if m.dot not in shelved:
+                m.where = "settling"
+        if waiting is None:
+            return
+        assert all(self.sut.settle(dot, None) is Verdict.SETTLING for dot in shelved)
+        if refused:
+            self.sut.unpurge(waiting, self.now)
+        else:
+            self.sut.purged(waiting)
+            self.model.messages = [m for m in self.model.messages if m.dot not in shelved]
 
     @invariant()
     def counts_agree(self) -> None:
@@ -250,6 +284,8 @@ class DeliveryMachine(RuleBasedStateMachine):
             assert counts.in_flight == sum(m.where in ("leased", "settling") for m in mine)
             assert counts.oldest_ms is None or mine
         held = {e.dot for e in self.sut.entries.values() if e.state is not State.GONE}
+        held |= {dot for view in self.sut.views() for _, dot in view.backlog.dots()}
+        assert self.sut.held == len(held)
         assert held == {m.dot for m in self.model.messages}
 
 

@@ -12,15 +12,8 @@ import pytest
 
 from message_queue.storage import files
 from message_queue.storage.framing import HEADER, Frame, scan
-from message_queue.storage.log import (
-    Durable,
-    Fsync,
-    SegmentLog,
-    Trouble,
-    segment_of,
-    segment_path,
-    segments_in,
-)
+from message_queue.storage.log import Durable, Fsync, SegmentLog, Trouble
+from message_queue.storage.segments import segment_of, segment_path, segments_in
 
 
 class Bench:
@@ -62,7 +55,7 @@ def on_disk(directory: Path) -> list[bytes]:
 
 async def test_records_are_reported_in_order_and_read_back(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    await bench.log.start({})
+    await bench.log.start({}, {})
     for n in range(100):
         bench.log.append(b"record %d" % n, n)
     await bench.written(100)
@@ -77,7 +70,7 @@ async def test_records_are_reported_in_order_and_read_back(tmp_path: Path) -> No
 
 async def test_what_waits_goes_out_in_one_write_with_one_sync(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    await bench.log.start({})
+    await bench.log.start({}, {})
     before = bench.log.syncs
     for n in range(500):
         bench.log.append(b"x" * 100, n)
@@ -88,7 +81,7 @@ async def test_what_waits_goes_out_in_one_write_with_one_sync(tmp_path: Path) ->
 
 async def test_a_full_segment_is_followed_by_the_next_one(tmp_path: Path) -> None:
     bench = Bench(tmp_path, segment_bytes=300)
-    await bench.log.start({})
+    await bench.log.start({}, {})
     for n in range(10):
         bench.log.append(b"y" * 100, n)
         await bench.written(n + 1)
@@ -103,7 +96,7 @@ async def test_a_full_segment_is_followed_by_the_next_one(tmp_path: Path) -> Non
 
 async def test_a_record_larger_than_a_segment_gets_one_of_its_own(tmp_path: Path) -> None:
     bench = Bench(tmp_path, segment_bytes=300)
-    await bench.log.start({})
+    await bench.log.start({}, {})
     bench.log.append(b"z" * 5000, 0)
     bench.log.append(b"small", 1)
     await bench.written(2)
@@ -114,7 +107,7 @@ async def test_a_record_larger_than_a_segment_gets_one_of_its_own(tmp_path: Path
 
 async def test_a_flipped_record_is_not_read_back(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    await bench.log.start({})
+    await bench.log.start({}, {})
     bench.log.append(b"precious", 0)
     await bench.written(1)
     path = segment_path(tmp_path, bench.log.segment)
@@ -129,7 +122,7 @@ async def test_a_full_disk_refuses_new_messages_keeps_acks_and_recovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path)
-    await bench.log.start({})
+    await bench.log.start({}, {})
     bench.log.append(b"before", 0)
     await bench.written(1)
     reserve = tmp_path / "reserve"
@@ -162,7 +155,7 @@ async def test_a_limit_on_file_size_only_begins_another_segment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path)
-    await bench.log.start({})
+    await bench.log.start({}, {})
     real = files.write_all
 
     def write_all(descriptor: int, data: bytes) -> None:
@@ -183,7 +176,7 @@ async def test_a_failed_sync_moves_the_batch_to_a_new_segment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path)
-    await bench.log.start({})
+    await bench.log.start({}, {})
     bench.log.append(b"one", 0)
     await bench.written(1)
     first = bench.log.segment
@@ -210,7 +203,7 @@ async def test_two_failed_syncs_in_a_row_halt_the_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path)
-    await bench.log.start({})
+    await bench.log.start({}, {})
     bench.log.append(b"one", 0)
     await bench.written(1)
     headers = [0]
@@ -234,7 +227,7 @@ async def test_a_failed_sync_after_the_report_halts_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path, fsync=Fsync.INTERVAL)
-    await bench.log.start({})
+    await bench.log.start({}, {})
 
     def sync_data(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")

@@ -21,8 +21,9 @@ from message_queue.core.messages import (
 )
 from message_queue.core.replication.state import PartitionState
 from message_queue.storage.framing import HEADER, Frame, scan
-from message_queue.storage.log import Fsync, segment_path, segments_in
+from message_queue.storage.log import Fsync
 from message_queue.storage.recovery import recover
+from message_queue.storage.segments import segment_path, segments_in
 from message_queue.storage.store import Store
 
 EPOCH = 65
@@ -201,7 +202,7 @@ async def test_a_cut_at_every_byte_recovers_a_prefix(tmp_path: Path) -> None:
         state = found.states.get(1)
         held = tuple(seq for _, seq in state.held.dots()) if state else ()
         assert held in ((), (1, 2, 3), (1, 3), (1, 3, 5))
-        assert {unpack_dot(dot)[1] for dot, _ in found.index.items(1)} == set(held)
+        assert {unpack_dot(dot)[1] for dot in found.index.dots(1)} == set(held)
         assert not found.withdrawn
         # What is cut stays cut: a second start finds a clean log.
         again = recover(directory)
@@ -235,7 +236,7 @@ async def test_a_flip_of_every_byte_withdraws_the_partition_or_cuts_the_tail(
         before_the_seal = at < promise.end
         assert state.standing is (Standing.MEMBER if before_the_seal else Standing.DAMAGED)
         for epoch, seq in state.held.dots():
-            assert any(dot for dot, _ in found.index.items(1) if unpack_dot(dot) == (epoch, seq))
+            assert any(dot for dot in found.index.dots(1) if unpack_dot(dot) == (epoch, seq))
 
 
 async def test_a_damaged_segment_goes_to_quarantine_and_its_good_part_stays(

@@ -28,9 +28,16 @@ def check(machine: PartitionDelivery) -> None:
         # The counters are the truth.
         assert counted == view.counts, f"{view.name}: {view.counts} counted {counted}"
         assert view.bytes == sum(entry.body_bytes for entry in view.members)
+        # The backlog counts what it has, and nothing of it is in play.
+        waiting = [dot for _, dot in view.backlog.dots()]
+        assert len(waiting) == view.backlog.count
+        assert not set(waiting) & set(machine.entries), "in play and in the backlog"
+        sizes = [card.body_bytes for dot in waiting if (card := machine.card(dot)) is not None]
+        assert len(sizes) < len(waiting) or sum(sizes) == view.backlog.bytes, "backlog's bytes"
         # Nobody waits while something is ready for him.
         ready = view.line_head is not None
-        assert machine.paused or not (ready and view.waiters), "a waiter beside a ready message"
+        served = ready or bool(waiting)
+        assert machine.paused or not (served and view.waiters), "a waiter beside a ready message"
         assert ready == bool(counted[State.READY]), "a ready message outside the line"
         # At most one member of a group is in play, and it is the first.
         for name, head in view.heads.items():

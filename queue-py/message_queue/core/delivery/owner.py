@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import msgspec
 
 from message_queue.core.delivery import stored
+from message_queue.core.delivery.backlog import Purged, Shelf, ShelfPart
 from message_queue.core.delivery.dedupe import DedupeWindow, Mark
 from message_queue.core.delivery.leases import decode_leases, encode_leases
 from message_queue.core.delivery.model import (
@@ -50,9 +51,12 @@ from message_queue.core.operations import (
     refusal,
     unknown_outcome,
 )
+from message_queue.core.replication.dots import DotSet
 from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft, SetDraft
 
 SETTINGS_KEY = "queue/"
+MARK_BYTES = 500
+"""About what an id in the dedupe window takes in memory (measured)."""
 _json = msgspec.json.Encoder()
 _msgpack = msgspec.msgpack.Encoder()
 _settings_decoder = msgspec.json.Decoder(Settings)
@@ -60,12 +64,19 @@ Finished = tuple[int, Answer | None]
 
 
 class PartitionOwner:
-    """`covers(dot)`: whether the replication's context covers it (then it was issued)."""
+    """`covers(dot)`: whether the replication's context covers it (then it was issued). `shelf`:
+    what the disk knows of messages that are not in memory; None: all of them are."""
 
-    def __init__(self, partition: int, epoch: int, covers: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        partition: int,
+        epoch: int,
+        covers: Callable[[int], bool],
+        shelf: Shelf | None = None,
+    ) -> None:
         self.partition = partition
         self.epoch = epoch
-        self.delivery = PartitionDelivery(epoch)
+        self.delivery = PartitionDelivery(epoch, shelf)
         self.keep_bodies = True
         """Whether what is stored now keeps its body in memory; else it is on disk only."""
         self.finished: list[Finished] = []
@@ -131,6 +142,13 @@ class PartitionOwner:
                 case DedupeMark(queue, dedupe_id, back, until_ms):
                     self._window.add(queue, dedupe_id, Mark(dot - back, dot, until_ms))
         return unreadable
+
+    def restore_part(self, part: ShelfPart, now_ms: int) -> list[str]:
+        """`restore_messages` for messages that the shelf knows: those that merely wait are not
+        even looked at one by one."""
+        for queue, priority, bits, body_bytes in part.plain:
+            self.delivery.shelve(queue, part.base, bits, priority, body_bytes)
+        return self.restore_messages(part.others, now_ms)
 
     def restore_leases(self, leases: bytes, now_ms: int) -> None:
         """Last: who was given what."""
@@ -212,7 +230,10 @@ class PartitionOwner:
     def nack(self, op: Nack, now_ms: int) -> Answer:
         """Give back."""
         receipt = parse_receipt(op.receipt) if op.receipt is not None else None
-        verdict = self.delivery.nack(op.dot, receipt, op.delay_ms, now_ms)
+        if op.unseen and receipt is not None:
+            verdict = self.delivery.release(op.dot, receipt, now_ms)
+        else:
+            verdict = self.delivery.nack(op.dot, receipt, op.delay_ms, now_ms)
         self._events(now_ms)
         return self._verdict(verdict, op.dot, "returned")
 
@@ -237,17 +258,17 @@ class PartitionOwner:
 
     def purge(self, token: int, queue: str, delete: bool) -> Answer | None:
         """End every message of a queue and clear its dedupe window; `delete`: its settings too."""
-        dots = self.delivery.purge(queue)
-        purged = len(dots)
+        dots, waiting = self.delivery.purge(queue)
+        purged = len(dots) + (waiting.messages if waiting is not None else 0)
         dots += [dot for dot in self._window.purge(queue) if dot]
         word = "deleted" if delete else "purged"
         answer = Answer(200, _json.encode({"status": word, "queue": queue, "messages": purged}))
         if not delete:
-            if not dots:
+            if not dots and waiting is None:
                 return answer
-            self._end(token, dots, answer)
+            self._end(token, dots, answer, waiting)
             return None
-        self._end(0, dots, None)
+        self._end(0, dots, None, waiting)
         self._drafts.append(SetDraft(SETTINGS_KEY + queue, b""))
         self._gathered.append(Configuring(token, 1, queue=queue, answer=answer))
         return None
@@ -268,6 +289,11 @@ class PartitionOwner:
         """Whether `tick` has something to do. O(1)."""
         next_ms = self.delivery.next_due_ms()
         return (next_ms is not None and next_ms <= now_ms) or self._window.due(now_ms)
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what messages in play, and ids in the dedupe window, take in memory. O(1)."""
+        return self.delivery.memory_bytes + MARK_BYTES * len(self._window)
 
     @property
     def timed(self) -> bool:
@@ -347,9 +373,11 @@ class PartitionOwner:
             match item:
                 case Storing():
                     self._stored(item, now_ms)
-                case Settling(dots=dots, answer=answer):
+                case Settling(dots=dots, answer=answer, purged=purged):
                     for dot in dots:
                         self.delivery.gone(dot, now_ms)
+                    if purged is not None:
+                        self.delivery.purged(purged)
                     if answer is not None:
                         self._finish(item.token, answer)
                 case Configuring(queue=queue, settings=settings):
@@ -375,9 +403,16 @@ class PartitionOwner:
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
-    def _end(self, token: int, dots: list[int], answer: Answer | None) -> None:
-        self._drafts.append(AckDraft(spans_of(dots)))
-        self._gathered.append(Settling(token, 1, dots=tuple(dots), answer=answer))
+    def _end(
+        self, token: int, dots: list[int], answer: Answer | None, purged: Purged | None = None
+    ) -> None:
+        spans = spans_of(dots)
+        if purged is not None:
+            ending = purged.all()
+            ending.update(DotSet(spans))
+            spans = ending.spans()
+        self._drafts.append(AckDraft(spans))
+        self._gathered.append(Settling(token, 1, dots=tuple(dots), answer=answer, purged=purged))
 
     def _stored(self, item: Storing, now_ms: int) -> None:
         self._storing[item.queue] -= len(item.new)
@@ -385,9 +420,15 @@ class PartitionOwner:
             del self._storing[item.queue]
         for seq, meta, body in item.new:
             self.storing_bytes -= len(body)
+            dot = pack_dot(self.epoch, seq)
+            if (
+                self.delivery.deep(item.queue, self.keep_bodies)
+                and (card := self.delivery.card(dot)) is not None
+            ):
+                self.delivery.shelve_one(item.queue, dot, card.priority, len(body))
+                continue
             kept = body if self.keep_bodies else None
-            entry = stored.entry_of(pack_dot(self.epoch, seq), meta, kept, len(body))
-            self.delivery.put(entry, now_ms)
+            self.delivery.put(stored.entry_of(dot, meta, kept, len(body)), now_ms)
         if not item.token:
             return
         dots = [
@@ -401,13 +442,14 @@ class PartitionOwner:
             if repeated:
                 body_out["duplicates"] = repeated
                 body_out["duplicate"] = not item.new
-            self._finish(item.token, Answer(status, _json.encode(body_out)))
+            text = _json.encode(body_out)
+            self._finish(item.token, Answer(status, text, messages=len(item.new)))
             return
         name = message_id(self.partition, dots[0]).encode()
         queue = _json.encode(item.queue)
         tail = b"}" if item.new else b',"duplicate":true}'
         text = b'{"id":"%b","queue":%b,"status":"created"%b' % (name, queue, tail)
-        self._finish(item.token, Answer(status, text))
+        self._finish(item.token, Answer(status, text, messages=len(item.new)))
 
     def _undo(self, pending: Pending, now_ms: int) -> None:
         match pending:
@@ -416,9 +458,11 @@ class PartitionOwner:
                 self.storing_bytes -= sum(len(body) for _, _, body in new)
                 for _, mark in marks:
                     mark.until_ms = 0  # closed: the id is free again
-            case Settling(dots=dots):
+            case Settling(dots=dots, purged=purged):
                 for dot in dots:
                     self.delivery.unsettle(dot, now_ms)
+                if purged is not None:
+                    self.delivery.unpurge(purged, now_ms)
             case _:
                 pass  # settings take effect at `committed` only
 

@@ -13,15 +13,13 @@ meanwhile.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
-from heapq import heapify, heappop, heappush
 
+from message_queue.core.delivery.backlog import Purged, Shelf
 from message_queue.core.delivery.leases import Lease
 from message_queue.core.delivery.lifecycle import ALLOWED, State
 from message_queue.core.delivery.model import (
     MAX_LEASE_MS,
-    Counts,
     Ended,
     Ending,
     Entry,
@@ -38,19 +36,20 @@ from message_queue.core.delivery.queues import (
     QueueView,
     Waiter,
 )
+from message_queue.core.delivery.stock import Stock
+from message_queue.core.ids import unpack_dot
 
 
-class PartitionDelivery:
+class PartitionDelivery(Stock):
     """The queues of one partition, at its owner, in one epoch. No operation costs more than
-    O(log n) amortised, except `browse`, `configure` with a retention, and `purge` (O(messages))."""
+    O(log n) amortised, except `browse`, `configure` with a retention, and `purge` (O(messages in
+    play)).
 
-    def __init__(self, epoch: int) -> None:
+    A message is either *in play*, with an `Entry`, or waits in its queue's backlog."""
+
+    def __init__(self, epoch: int, shelf: Shelf | None = None) -> None:
+        super().__init__(shelf)
         self.epoch = epoch
-        self.entries: dict[int, Entry] = {}
-        self._queues: dict[str, Queue] = {}
-        self._timers: list[tuple[int, int]] = []
-        """(due_ms, dot), lazily invalid. Invariant: every DELAYED and LEASED entry has a timer at
-        its `due_ms` or earlier, and every entry that can expire one at its expiry or earlier."""
         self._waiting_in: dict[int, Queue] = {}
         self.delivered: dict[int, Entry] = {}
         """Messages that were delivered and are still held: what a successor should know."""
@@ -60,16 +59,14 @@ class PartitionDelivery:
         """Nobody who waits is served: the right to deliver is in doubt. See `resume`."""
         self._endings: list[Ending] = []
         self._grants: list[Grant] = []
-        self.resident_bytes = 0
-        """Bodies in memory."""
 
     # ── what is stored ──────────────────────────────────────────────────────────────────────────
 
     def put(self, entry: Entry, now_ms: int) -> None:
         """A message became durable (or was found at takeover: then in the order of dots)."""
-        if entry.dot in self.entries:
-            return
         queue = self._queue(entry.queue)
+        if entry.dot in self.entries or queue.backlog.has(entry.dot, entry.priority):
+            return
         self.entries[entry.dot] = entry
         queue.used = True
         queue.bytes += entry.body_bytes
@@ -78,7 +75,7 @@ class PartitionDelivery:
         queue.arrivals.append(entry)
         expires_ms = queue.expires_ms(entry)
         if expires_ms:
-            heappush(self._timers, (expires_ms, entry.dot))
+            self._timers.add(expires_ms, entry.dot)
         if entry.group is not None:
             group = queue.groups.get(entry.group)
             if group is None:
@@ -112,23 +109,16 @@ class PartitionDelivery:
             entry.body = None
         if entry.group is not None:
             self._advance(queue, entry.group, entry, now_ms)
-        arrivals = queue.arrivals
-        while arrivals and arrivals[0].state is State.GONE:
-            arrivals.popleft()
-        held = queue.held
-        if len(arrivals) > 2 * held + 64:
-            queue.arrivals = deque(e for e in arrivals if e.state is not State.GONE)
-            queue.line.trim(held)
-        if not held and len(self._queues) > MAX_IDLE_QUEUES:
+        queue.tidy()
+        if not queue.held and len(self._queues) > MAX_IDLE_QUEUES:
             queue.used = False
             self._drop_if_idle(queue)
-        if len(self._timers) > 4 * len(self.entries) + 1024:
-            self._trim_timers()
+        self._timers.trim(self.entries, len(self.entries))
         return entry
 
     def restore_lease(self, lease: Lease, now_ms: int) -> None:
         """At takeover: the previous owner had delivered this message."""
-        entry = self.entries.get(lease.dot)
+        entry = self._find(lease.dot)
         if entry is None or entry.state is not State.READY or lease.epoch >= self.epoch:
             return
         queue = self._queues[entry.queue]
@@ -151,9 +141,10 @@ class PartitionDelivery:
         queue.configured = settings is not None
         queue.settings = settings or default_settings(queue_name)
         if queue.settings.retention_ms is not None:
-            for entry in queue.arrivals:
+            for entry in queue.entries():
                 if entry.state is not State.GONE:
-                    heappush(self._timers, (queue.expires_ms(entry), entry.dot))
+                    self._timers.add(queue.expires_ms(entry), entry.dot)
+        self._watch_retention(queue)
         self._drop_if_idle(queue)
 
     # ── what consumers ask ──────────────────────────────────────────────────────────────────────
@@ -187,15 +178,15 @@ class PartitionDelivery:
         for queue in list({queue.name: queue for queue in self._waiting_in.values()}.values()):
             self._serve(queue, now_ms)
 
-    def release(self, dot: int, receipt: Receipt, now_ms: int) -> None:
+    def release(self, dot: int, receipt: Receipt, now_ms: int) -> Verdict:
         """Undo a delivery that never reached its consumer: it was no attempt."""
-        entry = self.entries.get(dot)
-        if entry is None or entry.state is not State.LEASED:
-            return
-        if receipt != Receipt(entry.epoch, entry.attempt):
-            return
-        entry.attempt -= 1
-        self._ready(self._queues[entry.queue], entry, now_ms)
+        entry = self._named(dot, receipt)
+        if isinstance(entry, Verdict):
+            return entry
+        if entry.state is State.LEASED and receipt == Receipt(entry.epoch, entry.attempt):
+            entry.attempt -= 1
+            self._ready(self._queues[entry.queue], entry, now_ms)
+        return Verdict.DONE
 
     def settle(self, dot: int, receipt: Receipt | None) -> Verdict:
         """Begin to end a message for a consumer: DONE moves it to SETTLING."""
@@ -214,7 +205,7 @@ class PartitionDelivery:
         if entry.group is not None and queue.groups[entry.group].head is not entry:
             self._move(queue, entry, State.BEHIND)
             if expires_ms := queue.expires_ms(entry):
-                heappush(self._timers, (expires_ms, dot))
+                self._timers.add(expires_ms, dot)
         elif entry.due_ms > now_ms and entry.attempt:
             self._lease_until(queue, entry, entry.due_ms)
         else:
@@ -250,11 +241,6 @@ class PartitionDelivery:
         self._lease_until(self._queues[entry.queue], entry, now_ms + visibility_ms)
         return Verdict.DONE
 
-    def browse(self, queue_name: str, most: int) -> list[Entry]:
-        """Ready messages in the order of delivery, without leasing them."""
-        queue = self._queues.get(queue_name)
-        return queue.line.browse(most) if queue else []
-
     def ready_only(self, dots: Iterable[int]) -> set[int]:
         """Those of the dots that are READY now."""
         return {
@@ -263,26 +249,22 @@ class PartitionDelivery:
             if (entry := self.entries.get(dot)) is not None and entry.state is State.READY
         }
 
-    def purge(self, queue_name: str) -> list[int]:
-        """Move every message of a queue to SETTLING; returns those that were not already."""
+    def purge(self, queue_name: str) -> tuple[list[int], Purged | None]:
+        """Move every message of a queue to SETTLING; returns those that were not already: in play,
+        and waiting in the backlog (`purged` or `unpurge` follows)."""
         queue = self._queues.get(queue_name)
         if queue is None:
-            return []
-        ending = [e for e in queue.arrivals if e.state not in (State.GONE, State.SETTLING)]
+            return [], None
+        ending = [e for e in queue.entries() if e.state not in (State.GONE, State.SETTLING)]
         for entry in ending:
             self._move(queue, entry, State.SETTLING)
-        return [entry.dot for entry in ending]
+        return [entry.dot for entry in ending], self._end_backlog(queue)
 
-    # ── what is asked about queues ──────────────────────────────────────────────────────────────
-
-    def queue_names(self) -> list[str]:
-        """Queues that were configured, hold a message or held one in this epoch."""
-        return [q.name for q in self._queues.values() if q.configured or q.used]
-
-    def exists(self, queue_name: str) -> bool:
-        """Whether `queue_names` has it. O(1)."""
-        queue = self._queues.get(queue_name)
-        return queue is not None and (queue.configured or queue.used)
+    def unpurge(self, purged: Purged, now_ms: int) -> None:
+        """Their end was refused."""
+        queue = self._queue(purged.queue)
+        self._unpurge(queue, purged)
+        self._serve(queue, now_ms)
 
     def forget_queue(self, queue_name: str, now_ms: int) -> None:
         """It was deleted: its settings too. What arrives later makes a new one."""
@@ -292,32 +274,21 @@ class PartitionDelivery:
             queue.used = False
             self._drop_if_idle(queue)
 
-    def settings(self, queue_name: str) -> Settings:
-        """In force for a queue, whether it exists or not."""
-        queue = self._queues.get(queue_name)
-        return queue.settings if queue else default_settings(queue_name)
-
-    def length(self, queue_name: str) -> int:
-        """Messages held, whatever their state. O(1)."""
-        queue = self._queues.get(queue_name)
-        return queue.held if queue else 0
-
-    def counts(self, queue_name: str) -> Counts:
-        """Figures of a queue, zeros for one that does not exist."""
-        queue = self._queues.get(queue_name)
-        return queue.figures() if queue else Counts(0, 0, 0, 0, None, 0)
-
     # ── time ────────────────────────────────────────────────────────────────────────────────────
 
     def next_due_ms(self) -> int | None:
         """When `tick` next has something to do (or a little earlier); None: never."""
-        return self._timers[0][0] if self._timers else None
+        due_ms = self._timers.next_ms()
+        if not self._retained:
+            return due_ms
+        kept_ms = min(self._retained.values())
+        return kept_ms if due_ms is None else min(due_ms, kept_ms)
 
     def tick(self, now_ms: int) -> None:
         """Let delays, leases and lifetimes end whose time has come."""
-        timers = self._timers
-        while timers and timers[0][0] <= now_ms:
-            _, dot = heappop(timers)
+        for queue, expired in self._expired(now_ms):
+            self._end(queue, expired, Ended.EXPIRED)
+        while (dot := self._timers.pop(now_ms)) is not None:
             entry = self.entries.get(dot)
             if entry is None:
                 continue
@@ -344,17 +315,6 @@ class PartitionDelivery:
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
-    def _queue(self, name: str) -> Queue:
-        queue = self._queues.get(name)
-        if queue is None:
-            queue = self._queues[name] = Queue(name)
-        return queue
-
-    def _drop_if_idle(self, queue: Queue) -> None:
-        """A queue that nobody configured, used or waits for leaves no trace."""
-        if not (queue.used or queue.waiters or queue.configured):
-            self._queues.pop(queue.name, None)
-
     def _move(self, queue: Queue, entry: Entry, state: State) -> None:
         if state not in ALLOWED[entry.state]:
             raise AssertionError(f"{entry.state.name} to {state.name}")
@@ -373,7 +333,7 @@ class PartitionDelivery:
         if entry.ready_at_ms <= now_ms:
             return State.READY
         entry.due_ms = entry.ready_at_ms
-        heappush(self._timers, (entry.due_ms, entry.dot))
+        self._timers.add(entry.due_ms, entry.dot)
         return State.DELAYED
 
     def _ready(self, queue: Queue, entry: Entry, now_ms: int) -> None:
@@ -388,18 +348,18 @@ class PartitionDelivery:
     def _delay_until(self, queue: Queue, entry: Entry, due_ms: int) -> None:
         self._move(queue, entry, State.DELAYED)
         entry.due_ms = due_ms
-        heappush(self._timers, (due_ms, entry.dot))
+        self._timers.add(due_ms, entry.dot)
 
     def _lease_until(self, queue: Queue, entry: Entry, due_ms: int) -> None:
         self._move(queue, entry, State.LEASED)
         entry.due_ms = due_ms
-        heappush(self._timers, (due_ms, entry.dot))
+        self._timers.add(due_ms, entry.dot)
 
     def _take(self, queue: Queue, most: int, visibility_ms: int | None, now_ms: int) -> list[Entry]:
         lease_ms = queue.settings.visibility_ms if visibility_ms is None else visibility_ms
         taken: list[Entry] = []
         while len(taken) < most:
-            entry = queue.line.peek()
+            entry = self._next(queue, most - len(taken))
             if entry is None:
                 break
             if queue.expired(entry, now_ms):
@@ -445,9 +405,9 @@ class PartitionDelivery:
 
     def _named(self, dot: int, receipt: Receipt | None) -> Entry | Verdict:
         """The message that a consumer means, or why it has no say about it."""
-        entry = self.entries.get(dot)
+        entry = self._find(dot)
         if entry is None:
-            return Verdict.UNKNOWN
+            return Verdict.SETTLING if self._ending.has(*unpack_dot(dot)) else Verdict.UNKNOWN
         if entry.state is State.SETTLING:
             return Verdict.SETTLING
         return Verdict.OVERTAKEN if self._overtaken(entry, receipt) else entry
@@ -461,20 +421,11 @@ class PartitionDelivery:
         self._move(queue, entry, State.SETTLING)
         self._endings.append(Ending(entry, reason))
 
-    def _trim_timers(self) -> None:
-        """Drop timers of messages that are gone. Amortised O(1): at least 3/4 of them are stale."""
-        kept: set[tuple[int, int]] = set()
-        for due_ms, dot in self._timers:
-            if dot in self.entries:
-                kept.add((due_ms, dot))
-        self._timers = list(kept)
-        heapify(self._timers)
-
     # ── for invariants ──────────────────────────────────────────────────────────────────────────
 
     def timers(self) -> list[tuple[int, int]]:
         """(due_ms, dot) of every timer, stale ones too."""
-        return list(self._timers)
+        return self._timers.all()
 
     def views(self) -> list[QueueView]:
         """What `invariants.check` looks at."""
@@ -485,6 +436,7 @@ class PartitionDelivery:
                 bytes=queue.bytes,
                 members=[e for e in self.entries.values() if e.queue == queue.name],
                 line_head=queue.line.peek(),
+                backlog=queue.backlog,
                 waiters=len(queue.waiters),
                 heads={name: g.head for name, g in queue.groups.items() if g.head is not None},
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from message_queue.core.delivery.backlog import Purged
 from message_queue.core.delivery.dedupe import Mark
 from message_queue.core.delivery.model import Settings
 from message_queue.core.delivery.stored import MessageMeta
@@ -36,6 +37,8 @@ class Storing(_Pending):
 class Settling(_Pending):
     dots: tuple[int, ...] = ()
     answer: Answer | None = None
+    purged: Purged | None = None
+    """Messages of a backlog that end with it."""
 
 
 class Configuring(_Pending):

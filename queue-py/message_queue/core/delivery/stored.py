@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -39,7 +39,19 @@ class DedupeMark(Struct, frozen=True, array_like=True, tag=2):
     until_ms: int
 
 
+class Plain(NamedTuple):
+    """A message of which nothing else matters until it is delivered: no group, no delay, no
+    lifetime of its own."""
+
+    queue: str
+    priority: int
+    enqueued_ms: int
+
+
 Meta = MessageMeta | DedupeMark
+PRIORITY_BITS: Final = 4
+UNREADABLE_BYTES: Final = 256
+"""Kept of a meta that nobody can read, to report it."""
 _decoder: Final[msgspec.msgpack.Decoder[Meta]] = msgspec.msgpack.Decoder(Meta)
 _encoder: Final = msgspec.msgpack.Encoder()
 
@@ -52,6 +64,22 @@ def encode(meta: Meta) -> bytes:
 def decode(raw: bytes) -> Meta:
     """What `encode` gave. Raises msgspec.MsgspecError."""
     return _decoder.decode(raw)
+
+
+def digest(raw: bytes) -> Plain | bytes:
+    """What a node keeps in memory of a stored put: a million of them must fit. Of a message that is
+    not plain: its meta without headers and past, which stay on disk beside the body."""
+    try:
+        meta = _decoder.decode(raw)
+    except msgspec.MsgspecError:
+        return raw[:UNREADABLE_BYTES]
+    if not isinstance(meta, MessageMeta):
+        return raw
+    if meta.group is None and not (meta.ready_at_ms or meta.expires_ms):
+        return Plain(meta.queue, min(max(meta.priority, 0), 9), max(0, meta.enqueued_ms))
+    if meta.headers is None and meta.origin is None:
+        return raw
+    return _encoder.encode(msgspec.structs.replace(meta, headers=None, origin=None))
 
 
 def meta_of(queue: str, message: NewMessage, now_ms: int, wall_ms: int) -> MessageMeta:
@@ -67,6 +95,14 @@ def meta_of(queue: str, message: NewMessage, now_ms: int, wall_ms: int) -> Messa
         expires_ms=now_ms + message.ttl_ms if message.ttl_ms else 0,
         origin=message.origin,
     )
+
+
+def complete(entry: Entry, raw: bytes) -> None:
+    """An entry whose body was read from disk learns the rest of its meta with it. Raises
+    msgspec.MsgspecError."""
+    meta = _decoder.decode(raw)
+    if isinstance(meta, MessageMeta):
+        entry.wall_ms, entry.headers, entry.origin = meta.wall_ms, meta.headers, meta.origin
 
 
 def entry_of(dot: int, meta: MessageMeta, body: bytes | None, body_bytes: int) -> Entry:

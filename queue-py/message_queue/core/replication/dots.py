@@ -9,7 +9,9 @@ don't; a Python set would cost 60 bytes a dot.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
+from message_queue.core.ids import unpack_dot
 from message_queue.core.messages import Chunk, Chunks, Span, Spans
 
 CHUNK = 1024
@@ -108,7 +110,7 @@ class DotSet:
             base = number << 10
             hit = bits & mask(max(first - base, 0), min(last - base, CHUNK - 1))
             if hit:
-                gone.extend(_runs(epoch, base, hit))
+                gone.extend(runs_in(epoch, base, hit))
                 self._count -= hit.bit_count()
                 self._store(epoch, chunks, number, bits ^ hit)
         return joined(gone)
@@ -132,7 +134,7 @@ class DotSet:
         for number in self._numbers(chunks, first, last):
             base = number << 10
             hit = chunks.get(number, 0) & mask(max(first - base, 0), min(last - base, CHUNK - 1))
-            out.extend(_runs(epoch, base, hit))
+            out.extend(runs_in(epoch, base, hit))
         return joined(out)
 
     def outside(self, spans: Spans) -> Spans:
@@ -154,7 +156,7 @@ class DotSet:
         for epoch in sorted(self._epochs):
             chunks = self._epochs[epoch]
             for number in sorted(chunks):
-                for run in _runs(epoch, number << 10, chunks[number]):
+                for run in runs_in(epoch, number << 10, chunks[number]):
                     if held is not None and held[0] == epoch and held[2] + 1 == run[1]:
                         held = (epoch, held[1], run[2])
                         continue
@@ -167,6 +169,36 @@ class DotSet:
     def spans(self) -> Spans:
         """All of ``runs``."""
         return tuple(self.runs())
+
+    def first(self, most: int) -> list[tuple[int, int]]:
+        """Up to ``most`` of the smallest dots. O(chunks + most)."""
+        found: list[tuple[int, int]] = []
+        for epoch in sorted(self._epochs):
+            chunks = self._epochs[epoch]
+            for number in sorted(chunks):
+                found += islice(_dots_in(epoch, number << 10, chunks[number]), most - len(found))
+                if len(found) >= most:
+                    return found
+        return found
+
+    def add_chunk(self, dot: int, bits: int) -> None:
+        """The chunk that begins at a packed dot, as ``chunk`` gives it."""
+        epoch, seq = unpack_dot(dot)
+        chunks = self._epochs.setdefault(epoch, {})
+        old = chunks.get(seq >> 10, 0)
+        self._count += (bits & ~old).bit_count()
+        chunks[seq >> 10] = old | bits
+
+    def chunk(self, dot: int) -> int:
+        """The bits of the chunk that begins at a packed dot."""
+        epoch, seq = unpack_dot(dot)
+        return self._epochs.get(epoch, {}).get(seq >> 10, 0)
+
+    def numbered(self) -> Iterator[tuple[int, int, int]]:
+        """(epoch, number, bits) of every chunk, in order."""
+        for epoch in sorted(self._epochs):
+            for number, bits in sorted(self._epochs[epoch].items()):
+                yield epoch, number, bits
 
     def chunks(self) -> Chunks:
         """The wire form that stays small whatever was removed."""
@@ -225,7 +257,13 @@ class DotSet:
         return self.minus(self.minus(other))
 
 
-def _runs(epoch: int, base: int, bits: int) -> Iterator[Span]:
+def _dots_in(epoch: int, base: int, bits: int) -> Iterator[tuple[int, int]]:
+    for _, first, last in runs_in(epoch, base, bits):
+        for seq in range(first, last + 1):
+            yield epoch, seq
+
+
+def runs_in(epoch: int, base: int, bits: int) -> Iterator[Span]:
     """The runs of ones in a chunk, lowest first."""
     while bits:
         low = (bits & -bits).bit_length() - 1
