@@ -2,7 +2,14 @@
 
 `master.key` (base64 of 32 bytes, mode 0600) never leaves its file. `keyring.json` holds the other
 keys, each wrapped by it (AES-256-GCM, the key's name as associated data). New values are sealed
-under the newest data key; older ones stay readable, so rotation needs no downtime.
+under the newest data key; older ones stay readable until reseal.py has brought every row under it,
+so rotation needs no downtime.
+
+**Another master key** comes in by files, never over the network: `master.key.next`. The keyring is
+wrapped by it (one atomic write), then it takes the place of `master.key` (one rename), and what was
+there is kept as `master.key.old`. A crash in between leaves a keyring that the next one opens: a
+start looks, and finishes. Two nodes that share one file do so one after the other: the second finds
+that its keyring opens with the old one.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ import hmac
 import os
 import stat
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -22,7 +30,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from secure_store.config import ConfigError
 from secure_store.core.kv import Damaged
-from secure_store.files import write_durably, write_private
+from secure_store.files import sync_directory, write_durably, write_private
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
@@ -37,11 +45,13 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Keyring:
-    """Seals and opens. Thread-safe: the keys do not change except by `rotate`, which adds one."""
+    """Seals and opens. Thread-safe; a retired data key goes from the file, and from memory at the
+    next start (somebody may be reading an older view of the database)."""
 
     def __init__(self, path: Path, master: bytes, file: _File) -> None:
         self._path = path
         self._master = AESGCM(master)
+        self._lock = threading.Lock()
         self._raw = {int(i): self._unwrap(f"data/{i}", w) for i, w in file.data_keys.items()}
         if not self._raw:
             raise Damaged("the keyring holds no data key")
@@ -84,18 +94,39 @@ class Keyring:
 
     def rotate(self) -> int:
         """Add a data key, durable before it is used; returns its number."""
-        number = self._active + 1
-        raw = os.urandom(KEY_BYTES)
-        self._raw[number] = raw
-        self._write()
-        self._ciphers[number] = AESGCM(raw)
-        self._active = number
+        with self._lock:
+            number = self._active + 1
+            raw = os.urandom(KEY_BYTES)
+            self._raw[number] = raw
+            self._write()
+            self._ciphers[number] = AESGCM(raw)
+            self._active = number
         return number
 
+    @property
+    def numbers(self) -> list[int]:
+        """The data keys that are kept."""
+        return sorted(self._raw)
+
+    def retire(self, below: int) -> None:
+        """Forget the data keys below this number: nothing is sealed under them any more."""
+        with self._lock:
+            self._raw = {number: raw for number, raw in self._raw.items() if number >= below}
+            self._write()
+
     def rewrap(self, master: bytes) -> None:
-        """Wrap every key by another master key (the caller then replaces the master key's file)."""
-        self._master = AESGCM(master)
-        self._write()
+        """Wrap every key by another master key (see replace_master)."""
+        with self._lock:
+            self._master = AESGCM(master)
+            self._write()
+
+    def renew_audit_keys(self) -> None:
+        """Begin another audit log: a restored node must not sign as the one that it is a copy of.
+        (The rows' tally is keyed by these too: it must be made anew.)"""
+        with self._lock:
+            self.audit_mac_key, self._sign_seed = os.urandom(KEY_BYTES), os.urandom(KEY_BYTES)
+            self.signer = Ed25519PrivateKey.from_private_bytes(self._sign_seed)
+            self._write()
 
     def _write(self) -> None:
         file = _File(
@@ -165,3 +196,49 @@ def make_master_key(path: Path) -> bytes:
     key = os.urandom(KEY_BYTES)
     write_private(path, base64.b64encode(key) + b"\n")
     return key
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """`master.key` -> `master.key.next`, `master.key.old`."""
+    return path.with_name(path.name + suffix)
+
+
+def open_keyring(keyring_path: Path, master_path: Path, *, finish: bool) -> Keyring:
+    """A node's keyring by its master key file; if a change of master keys was interrupted, by the
+    next or the old one. `finish`: then bring the change to its end. Raises ConfigError."""
+    try:
+        return Keyring.open_or_make(keyring_path, read_master_key(master_path))
+    except ConfigError as refused:
+        for suffix in (".next", ".old"):
+            other = beside(master_path, suffix)
+            if not other.exists() or not keyring_path.exists():
+                continue
+            try:
+                keyring = Keyring.open_or_make(keyring_path, read_master_key(other))
+            except ConfigError:
+                continue
+            if finish and suffix == ".next":
+                _put_in_place(master_path)
+            elif finish:
+                keyring.rewrap(read_master_key(master_path))
+            return keyring
+        raise refused from None
+
+
+def replace_master(keyring: Keyring, master_path: Path) -> None:
+    """Wrap the keyring by the key in `<master key>.next` (made if absent), and put that in place;
+    the old one is kept as `<master key>.old`. Raises ConfigError, OSError."""
+    following = beside(master_path, ".next")
+    if not following.exists():
+        make_master_key(following)
+    keyring.rewrap(read_master_key(following))
+    _put_in_place(master_path)
+
+
+def _put_in_place(master_path: Path) -> None:
+    """Only once the keyring is wrapped by the next key. Until the last line `.next` opens it."""
+    old = beside(master_path, ".old")
+    old.unlink(missing_ok=True)
+    write_private(old, master_path.read_bytes())
+    beside(master_path, ".next").replace(master_path)
+    sync_directory(master_path.parent)
