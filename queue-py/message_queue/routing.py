@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +18,7 @@ from message_queue.core.operations import (
     Answer,
     Configure,
     Consume,
+    Direct,
     Extend,
     ListQueues,
     Nack,
@@ -33,7 +34,13 @@ from message_queue.core.operations import (
 )
 from message_queue.core.placement.ring import PARTITIONS, partition_of
 from message_queue.hosting import Delivered
-from message_queue.transport.forwards import Asked, Forwards, NotSent, OutcomeUnknown
+from message_queue.transport.forwards import (
+    Asked,
+    Forwards,
+    NotSent,
+    OutcomeUnknown,
+    Reply,
+)
 
 if TYPE_CHECKING:
     from message_queue.node import Node
@@ -74,14 +81,63 @@ class Router:
         """See `api.keys.Service`."""
         return await self._route(operation, forward)
 
-    async def _route(self, op: Operation, forward: bool) -> Delivered:
+    def begin(self, op: Direct, done: Callable[[Answer], None]) -> None:
+        """See `api.keys.Service`."""
+        node = self._node
+        partition = target_of(op)
+        host = node.hosts.get(partition) if partition is not None else None
+        began_s = asyncio.get_running_loop().time()
+        then = partial(self._began, op, done, began_s)
+        if isinstance(op, Produce) and partition is not None:
+            self._tell(op.queue, partition)
+        if host is not None and not node.stopping and node.may_serve(host.partition):
+            host.begin(op, then)
+            return
+        position = None
+        if partition is not None and partition < PARTITIONS:
+            position = node.replicator.owner(partition)
+        if (
+            position is None
+            or position == node.config.position
+            or not self.forwards.begin(position, op, FORWARD_S, then)
+        ):
+            then(None)
+            return
+        node.metrics.forwarded += 1
+
+    def begin_here(self, op: Direct, done: Callable[[Answer | None], None]) -> None:
+        """`here` for what needs no task."""
+        node = self._node
+        partition = target_of(op)
+        host = node.hosts.get(partition) if partition is not None else None
+        if host is None or node.stopping or not node.may_serve(host.partition):
+            done(None)
+        else:
+            host.begin(op, done)
+
+    def _began(
+        self, op: Direct, done: Callable[[Answer], None], began_s: float, reply: Reply
+    ) -> None:
+        """The first attempt ended. Where nothing was done, go the long way, in what is left of the
+        time."""
+        if isinstance(reply, Answer):
+            done(reply)
+        elif reply is None:
+            self._node.spawn(self._go_on(op, done, began_s))
+        else:
+            done(unknown_outcome("No answer from the owner"))
+
+    async def _go_on(self, op: Direct, done: Callable[[Answer], None], began_s: float) -> None:
+        done((await self._route(op, True, began_s)).answer)
+
+    async def _route(self, op: Operation, forward: bool, began_s: float | None = None) -> Delivered:
         node = self._node
         loop = asyncio.get_running_loop()
         partition = target_of(op)
         if partition is None or partition >= PARTITIONS:
             return Delivered(refusal(404, "Message not found"))
         wait_s = op.wait_ms / 1000 if isinstance(op, Consume) else 0.0
-        began_s = loop.time()
+        began_s = loop.time() if began_s is None else began_s
         give_up_s = began_s + NO_OWNER_S
         while True:
             asked_s = loop.time()
@@ -365,15 +421,9 @@ class Router:
 
 def target_of(op: Operation) -> int | None:
     """The partition that an operation belongs to."""
-    match op:
-        case Settle(partition) | Nack(partition) | Extend(partition):
-            return partition
-        case ListQueues():
-            return None
-        case Produce(queue) | Consume(queue):
-            return _partition_of(queue)
-        case _:
-            return _partition_of(op.queue)
+    if isinstance(op, Settle | Nack | Extend):
+        return op.partition
+    return None if isinstance(op, ListQueues) else _partition_of(op.queue)
 
 
 def _held(figures: dict[str, Any]) -> int:

@@ -98,6 +98,7 @@ async def serve(config: Config, listening: socket.socket, data_dir: DataDir) -> 
         await asyncio.wait((stop, node.halted), return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping")
         listener.close()
+        await application.stop(app)
         async with asyncio.timeout(STOP_WITHIN_S):
             await node.stop()
             await links.stop()

@@ -5,14 +5,14 @@ The api never imports the node: it sees `Service`, the few things a handler may 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from aiohttp import web
 
 from message_queue.api.events import EventHub
 from message_queue.config import Config
-from message_queue.core.operations import Answer, Consume, Operation
+from message_queue.core.operations import Answer, Consume, Direct, Operation
 from message_queue.metrics import Metrics
 
 
@@ -47,6 +47,9 @@ class Service(Protocol):
     async def ask(self, operation: Operation, forward: bool = True) -> Answer:
         """Have the owner do it, wherever that is. Raises WrongNode when it may not be forwarded.
         Never raises for an unreachable owner: that is an answer (503)."""
+
+    def begin(self, operation: Direct, done: Callable[[Answer], None]) -> None:
+        """Like `ask`, for those who have many under way: `done` is called once, maybe at once."""
 
     async def consume(self, operation: Consume, forward: bool = True) -> Delivered:
         """Like `ask`; cancelling it leaves nothing leased."""

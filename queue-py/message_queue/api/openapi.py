@@ -23,6 +23,7 @@ class Route:
     query: type[msgspec.Struct] | None = None
     answers: dict[int, str] = field(default_factory=lambda: {200: "OK"})
     media_type: str = "application/json"
+    description: str = ""
 
 
 def document(routes: Sequence[Route], title: str) -> bytes:
@@ -56,6 +57,8 @@ def _operation(route: Route, components: dict[str, dict[str, object]]) -> dict[s
             for status, text in route.answers.items()
         },
     }
+    if route.description:
+        operation["description"] = route.description
     parameters: list[object] = [
         {"name": part[1:-1], "in": "path", "required": True, "schema": {"type": "string"}}
         for part in route.path.split("/")

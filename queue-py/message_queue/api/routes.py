@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from message_queue.api.errors import json_response
+from message_queue.api.frames import STREAM_PROTOCOL
 from message_queue.api.keys import EVENTS, METRICS, REQUEST_ID, SERVICE
 from message_queue.api.openapi import Route, document
 from message_queue.api.requests import (
@@ -39,6 +40,7 @@ from message_queue.api.schemas import (
     read_json,
     read_query,
 )
+from message_queue.api.stream import STREAMS
 from message_queue.core.operations import Answer, Extend, Nack, Peek, Produce, Purge
 
 _produce = msgspec.json.Decoder(ProduceBody)
@@ -175,6 +177,11 @@ async def events(request: web.Request) -> web.StreamResponse:
     return await request.app[EVENTS].stream(request, {"X-Request-Id": request[REQUEST_ID]})
 
 
+async def stream(request: web.Request) -> web.StreamResponse:
+    read_query(request, NoQuery)
+    return await request.app[STREAMS].serve(request)
+
+
 async def openapi(request: web.Request) -> web.Response:
     return web.Response(body=_DOCUMENT, content_type="application/json")
 
@@ -223,6 +230,10 @@ ROUTES = (
           answers={200: "Ready", 503: "Not yet, with the reason"}),
     Route("GET", "/metrics", metrics, "Counters, as JSON or for Prometheus"),
     Route("GET", "/events", events, "Server-sent events", media_type="text/event-stream"),
+    Route("GET", "/stream", stream, "The same service over a WebSocket",
+          answers={101: "Frames of JSON from here on", 400: "Bad handshake",
+                   426: "WebSocket upgrade required", 503: "Too many streams"},
+          description=STREAM_PROTOCOL),
     Route("GET", "/openapi.json", openapi, "This document"),
     Route("GET", "/", dashboard, "Dashboard", media_type="text/html"),
 )  # fmt: skip

@@ -25,7 +25,7 @@ T = TypeVar("T")
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 _NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<field>[^`]*)`")
 # 19 digits can exceed 64 bits; most bodies have no such run and are never walked.
-_LONG_NUMBER = re.compile(rb"\d{19}")
+LONG_NUMBER = re.compile(rb"\d{19}")
 
 
 Visibility = Annotated[int, Meta(ge=0, le=MAX_VISIBILITY_MS)]
@@ -159,13 +159,17 @@ async def read_json(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T
 
     Raises ApiError 400, or aiohttp's 413.
     """
-    body = await request.read()
+    return decode_json(await request.read(), decoder)
+
+
+def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """A JSON text as the decoder's type. Raises ApiError 400."""
     try:
         if not body.isascii():
             body.decode()  # msgspec.Raw takes its bytes as they are
         value = decoder.decode(body)
-        if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH or _LONG_NUMBER.search(body):
-            _check_extremes(msgspec.json.decode(body))
+        if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH or LONG_NUMBER.search(body):
+            check_extremes(msgspec.json.decode(body))
     except msgspec.ValidationError as e:
         raise _bad_field_unless_no_json(body, e) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -216,7 +220,7 @@ def check_name(value: str, field: str) -> str:
     return value
 
 
-def _check_extremes(value: Any) -> None:
+def check_extremes(value: Any) -> None:
     """Refuse deep nesting, and integers beyond 64 bits (msgpack cannot carry them)."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH + 1):

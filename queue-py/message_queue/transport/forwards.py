@@ -11,10 +11,12 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 from message_queue.core.operations import (
     Answer,
+    Direct,
     Forward,
     Forwarded,
     ForwardEnded,
@@ -40,13 +42,44 @@ class OutcomeUnknown(Exception):
     """It left, and no answer came."""
 
 
+Reply = Answer | None | type[OutcomeUnknown]
+"""None: not the owner, nothing was done. OutcomeUnknown: no answer came."""
+
+
 class Forwards:
     """The asking side. `send` queues a message for a peer; False: its link is down or full."""
 
     def __init__(self, send: Callable[[int, NodeMessage], bool]) -> None:
         self._send = send
         self._number = 0
-        self._waiting: dict[int, tuple[int, asyncio.Future[Answer | None]]] = {}
+        self._waiting: dict[int, tuple[int, Callable[[Reply], None]]] = {}
+        self._due: deque[tuple[float, int]] = deque()
+        """(loop time, number) of what `begin` sent, in order: they all wait equally long."""
+
+    def begin(
+        self,
+        position: int,
+        operation: Operation,
+        within_s: float,
+        done: Callable[[Reply], None],
+    ) -> bool:
+        """Ask the node at `position`; `done` is called once, later. `within_s` is the same in all
+        calls. False: it was not sent, and `done` is not called."""
+        if len(self._waiting) >= MAX_WAITING:
+            return False
+        self._number += 1
+        if not self._send(position, Forward(self._number, operation)):
+            return False
+        self._waiting[self._number] = (position, done)
+        self._due.append((asyncio.get_running_loop().time() + within_s, self._number))
+        return True
+
+    def tick(self, loop_s: float) -> None:
+        """What `begin` sent and was not answered in time is of unknown outcome."""
+        while self._due and self._due[0][0] <= loop_s:
+            waiting = self._waiting.pop(self._due.popleft()[1], None)
+            if waiting is not None:
+                waiting[1](OutcomeUnknown)
 
     async def ask(self, position: int, operation: Operation, timeout_s: float) -> Asked:
         """The answer of the node at `position`. Raises NotSent or OutcomeUnknown. When the caller
@@ -55,39 +88,46 @@ class Forwards:
             raise NotSent
         self._number += 1
         number = self._number
-        answered: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = (position, answered)
+        answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = (position, partial(_resolve, answered))
         done = False
         try:
             if not self._send(position, Forward(number, operation)):
                 raise NotSent
             try:
                 async with asyncio.timeout(timeout_s):
-                    answer = await answered
+                    reply = await answered
             except TimeoutError:
                 raise OutcomeUnknown from None
+            if isinstance(reply, type):
+                raise OutcomeUnknown
             done = True
-            return Asked(self, position, number, answer)
+            return Asked(self, position, number, reply)
         finally:
-            del self._waiting[number]
+            self._waiting.pop(number, None)
             if not done:
                 self._send(position, ForwardEnded(number))
 
     def answered(self, position: int, number: int, answer: Answer | None) -> None:
         """A `Forwarded` came in. One that nobody waits for is dropped."""
         waiting = self._waiting.get(number)
-        if waiting is not None and waiting[0] == position and not waiting[1].done():
-            waiting[1].set_result(answer)
+        if waiting is not None and waiting[0] == position:
+            del self._waiting[number]
+            waiting[1](answer)
 
     def peer_lost(self, position: int) -> None:
         """The link to a peer broke: what it was asked is in doubt."""
-        for peer, answered in self._waiting.values():
-            if peer == position and not answered.done():
-                answered.set_exception(OutcomeUnknown())
+        for number in [n for n, (peer, _) in self._waiting.items() if peer == position]:
+            self._waiting.pop(number)[1](OutcomeUnknown)
 
     def withdraw(self, position: int, number: int) -> None:
         """The answer reached nobody: leases that came with it go back."""
         self._send(position, ForwardEnded(number))
+
+
+def _resolve(answered: asyncio.Future[Reply], reply: Reply) -> None:
+    if not answered.done():
+        answered.set_result(reply)
 
 
 class Asked:
@@ -124,15 +164,18 @@ class Leased(Protocol):
 
 
 class Serving:
-    """The asked side. `do` gives None when this node is not the owner (and did nothing)."""
+    """The asked side. `do` gives None when this node is not the owner (and did nothing); so does
+    `begin`, which does the operations that need no task."""
 
     def __init__(
         self,
         send: Callable[[int, NodeMessage], bool],
         do: Callable[[Operation], Awaitable[Leased | None]],
+        begin: Callable[[Direct, Callable[[Answer | None], None]], None],
     ) -> None:
         self._send = send
         self._do = do
+        self._begin = begin
         self._tasks: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._leased: dict[tuple[int, int], Leased] = {}
         self._until: deque[tuple[float, tuple[int, int]]] = deque()
@@ -140,9 +183,15 @@ class Serving:
     def serve(self, position: int, forward: Forward) -> None:
         """Do what a peer asks, and answer it."""
         key = (position, forward.number)
+        if isinstance(forward.operation, Direct):
+            self._begin(forward.operation, partial(self._answer, position, forward.number))
+            return
         task = asyncio.create_task(self._serve(key, forward))
         self._tasks[key] = task
         task.add_done_callback(lambda task: self._done(key, task))
+
+    def _answer(self, position: int, number: int, answer: Answer | None) -> None:
+        self._send(position, Forwarded(number, answer))
 
     def _done(self, key: tuple[int, int], task: asyncio.Task[None]) -> None:
         self._tasks.pop(key, None)

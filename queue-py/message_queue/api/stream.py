@@ -1,0 +1,472 @@
+"""GET /stream: the service for clients that stay, over one WebSocket. The frames: `frames.py`.
+
+```
+reader: frame ─▶ items ─▶ service.begin(operation, done) ─┐ many under way, no task for any
+feeders: one a subscription, while it has credit ─────────┤
+                                                          ▼
+writer: all that gathered while the last frame was being written leaves as the next one
+```
+
+Bounded on all sides: items under way (429), credit, subscriptions, connections. Who does not read
+what it is sent is not read from either. A delivery that was not handed to the connection when it
+closed has leased nothing; one that was stays leased until its time is over, so that a client may
+come back, to any node, and settle it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import suppress
+from functools import partial
+from typing import assert_never
+
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from message_queue.api import frames
+from message_queue.api.errors import ApiError
+from message_queue.api.frames import (
+    AckItem,
+    Bad,
+    Cid,
+    CreditItem,
+    ExtendItem,
+    Item,
+    NackItem,
+    ProduceItem,
+    ReleaseItem,
+    SubscribeItem,
+    UnsubscribeItem,
+)
+from message_queue.api.keys import CONFIG, METRICS, SERVICE, Delivered, Service
+from message_queue.api.requests import SETTLED, SINGLE_ACK, new_messages
+from message_queue.api.schemas import check_name
+from message_queue.core.ids import MessageName, parse_id
+from message_queue.core.operations import (
+    MAX_BATCH,
+    MAX_WAIT_MS,
+    Answer,
+    Consume,
+    Direct,
+    Extend,
+    Nack,
+    Produce,
+    Settle,
+    results_decoder,
+)
+from message_queue.core.placement.ring import PARTITIONS
+from message_queue.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+MAX_STREAMS = 4096
+"""Connections of one node."""
+MAX_SUBSCRIPTIONS = 64
+"""Of one connection."""
+MAX_UNDER_WAY = 4096
+"""Items of one connection that are not answered yet; more are refused (429)."""
+UNSENT_BYTES = 4 << 20
+"""Beyond this the reader waits until the client has taken some of it."""
+FRAME_BYTES = 1 << 20
+HEARTBEAT_S = 15.0
+FLUSH_S = 0.3
+"""How long a stopping node waits for answers under way."""
+_DRY_S = (0.05, 0.2)
+_TROUBLE_S = (0.1, 0.5)
+
+
+class Streams:
+    """All streams of a node."""
+
+    def __init__(self) -> None:
+        self._open: set[_Stream] = set()
+        self._closed = False
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """The handler of GET /stream."""
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            raise ApiError(426, "WebSocket upgrade required", headers={"Upgrade": "websocket"})
+        if self._closed or len(self._open) >= MAX_STREAMS:
+            reason = "Node is stopping" if self._closed else "Too many streams"
+            raise ApiError(503, reason, headers={"Retry-After": "1"}, definite=True)
+        app = request.app
+        ws = web.WebSocketResponse(
+            heartbeat=HEARTBEAT_S,
+            compress=False,
+            max_msg_size=app[CONFIG].max_body_bytes,
+            decode_text=False,
+        )
+        await ws.prepare(request)
+        stream = _Stream(ws, request.transport, app[SERVICE], app[METRICS])
+        self._open.add(stream)
+        try:
+            await stream.run()
+        finally:
+            self._open.discard(stream)
+        return ws
+
+    async def stop(self) -> None:
+        """The node stops: no new work, a moment for the answers under way, then 1001 (going away):
+        clients go on at another node."""
+        self._closed = True
+        await asyncio.gather(*(stream.stop() for stream in list(self._open)))
+
+
+STREAMS = web.AppKey("streams", Streams)
+
+
+class _Stream:
+    """One connection. Everything runs on the event loop."""
+
+    def __init__(
+        self,
+        ws: web.WebSocketResponse,
+        transport: asyncio.Transport | None,
+        service: Service,
+        metrics: Metrics,
+    ) -> None:
+        self._ws = ws
+        self._transport = transport
+        self._service = service
+        self._metrics = metrics
+        self._unsent: list[tuple[bytes, Delivered | None]] = []
+        self._unsent_bytes = 0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._under_way = 0
+        self._subscriptions: dict[Cid, _Subscription] = {}
+        self._closed = False
+        self._stopping = False
+        self._idle = asyncio.Event()
+        """Stopping, and nothing is under way or unsent."""
+
+    async def run(self) -> None:
+        """Serve until either side closes."""
+        writer = asyncio.create_task(self._write(), name="stream-writer")
+        writer.add_done_callback(self.ended)
+        try:
+            await self._read()
+        finally:
+            self._closed = True
+            writer.cancel()
+            feeders = [subscription.task for subscription in self._subscriptions.values()]
+            for task in feeders:
+                task.cancel()
+            await asyncio.gather(writer, *feeders, return_exceptions=True)
+            for _, delivered in self._unsent:
+                if delivered is not None:
+                    delivered.undo()
+            self._unsent.clear()
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """The writer or a feeder ended by itself: without it the connection is of no use."""
+        if task.cancelled() or self._closed:
+            return
+        if (failure := task.exception()) is not None:
+            log.error("a stream's %s failed", task.get_name(), exc_info=failure)
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def stop(self) -> None:
+        """Deliver no more, finish what is under way, close."""
+        self._stopping = True
+        self._note_idle()
+        for subscription in self._subscriptions.values():
+            subscription.task.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_S):
+                await self._idle.wait()
+        with suppress(ConnectionError):
+            async with asyncio.timeout(FLUSH_S):
+                await self._ws.close(code=WSCloseCode.GOING_AWAY, message=b"node is stopping")
+
+    # ── in ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def _read(self) -> None:
+        async for message in self._ws:
+            if message.type is not WSMsgType.TEXT:
+                if message.type is WSMsgType.BINARY:
+                    text = b"frames are text"
+                    await self._ws.close(code=WSCloseCode.UNSUPPORTED_DATA, message=text)
+                return
+            acks: list[_Acking] = []
+            for item in frames.parse(message.data):
+                self._metrics.requests += 1
+                if isinstance(item, Bad):
+                    self._fail(item.cid, item.error)
+                    continue
+                try:
+                    self._do(item, acks)
+                except ApiError as error:
+                    self._fail(item.cid, error)
+            if acks:
+                self._settle(acks)
+            if not self._room.is_set():
+                await self._room.wait()
+
+    def _do(self, item: Item, acks: list[_Acking]) -> None:
+        """Begin one item. Raises ApiError for what is refused at once."""
+        if self._stopping:
+            raise ApiError(503, "Node is stopping", definite=True)
+        if self._under_way >= MAX_UNDER_WAY:
+            raise ApiError(429, "Too many items under way", limit=MAX_UNDER_WAY, definite=True)
+        match item:
+            case ProduceItem(queue=queue):
+                messages, batch = new_messages(item)
+                self._begin(item.cid, Produce(check_name(queue, "queue"), messages, batch))
+            case AckItem():
+                acks.append(_Acking(item))
+                self._under_way += 1
+            case NackItem(message_id, receipt, delay_ms):
+                name = _known(message_id)
+                self._begin(item.cid, Nack(name.partition, name.dot, receipt, delay_ms))
+            case ReleaseItem(message_id, receipt):
+                name = _known(message_id)
+                self._begin(item.cid, Nack(name.partition, name.dot, receipt, 0, unseen=True))
+            case ExtendItem(message_id, visibility_ms, receipt):
+                name = _known(message_id)
+                self._begin(item.cid, Extend(name.partition, name.dot, receipt, visibility_ms))
+            case SubscribeItem():
+                self._subscribe(item)
+            case CreditItem(subscription, credit):
+                self._subscription(subscription).add(credit)
+                self._answer(item.cid, Answer(200, b'{"status":"ok"}'))
+            case UnsubscribeItem(subscription):
+                self._subscription(subscription).task.cancel()
+                del self._subscriptions[subscription]
+                self._answer(item.cid, Answer(200, b'{"status":"unsubscribed"}'))
+            case _:
+                assert_never(item)
+
+    def _begin(self, cid: Cid | None, operation: Direct) -> None:
+        self._under_way += 1
+        self._service.begin(operation, partial(self._done, cid))
+
+    def _done(self, cid: Cid | None, reply: Answer) -> None:
+        self._under_way -= 1
+        self._answer(cid, reply)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if self._stopping and not (self._under_way or self._unsent):
+            self._idle.set()
+
+    def _fail(self, cid: Cid | None, error: ApiError) -> None:
+        self._answer(cid, frames.failure(error))
+
+    # ── acks: those of a frame go to each partition together ────────────────────────────────────
+
+    def _settle(self, acks: list[_Acking]) -> None:
+        by_partition: dict[int, list[tuple[_Acking, int, int, str | None]]] = {}
+        for acking in acks:
+            for index, (text, receipt) in enumerate(acking.named):
+                name = parse_id(text)
+                if name is None or name.partition >= PARTITIONS:
+                    acking.settled(index, 404)
+                else:
+                    named = by_partition.setdefault(name.partition, [])
+                    named.append((acking, index, name.dot, receipt))
+            if not acking.open:
+                self._acked(acking)
+        for partition, named in by_partition.items():
+            for start in range(0, len(named), MAX_BATCH):
+                part = named[start : start + MAX_BATCH]
+                dots = tuple([dot for _, _, dot, _ in part])
+                receipts = tuple([receipt for _, _, _, receipt in part])
+                operation = Settle(partition, dots, receipts)
+                self._service.begin(operation, partial(self._settled, part))
+
+    def _settled(self, part: list[tuple[_Acking, int, int, str | None]], reply: Answer) -> None:
+        if reply.status == 200:
+            statuses = results_decoder.decode(reply.body).statuses
+            self._metrics.acked += statuses.count(200)
+            for (acking, index, _, _), status in zip(part, statuses, strict=True):
+                acking.settled(index, status)
+        else:
+            for acking, index, _, _ in part:
+                acking.failed(index, reply)
+        for acking, _, _, _ in part:
+            if not acking.open:
+                self._acked(acking)
+
+    def _acked(self, acking: _Acking) -> None:
+        if not acking.answered:
+            acking.answered = True
+            self._done(acking.cid, acking.answer())
+
+    # ── subscriptions ───────────────────────────────────────────────────────────────────────────
+
+    def _subscribe(self, item: SubscribeItem) -> None:
+        if item.cid in self._subscriptions:
+            raise ApiError(409, "Subscription exists", subscription=item.cid)
+        if len(self._subscriptions) >= MAX_SUBSCRIPTIONS:
+            raise ApiError(429, "Too many subscriptions", limit=MAX_SUBSCRIPTIONS)
+        queue = check_name(item.queue, "queue")
+        body = b'{"status":"subscribed"}'
+        self._answer(item.cid, Answer(200, body))
+        self._subscriptions[item.cid] = _Subscription(self, item.cid, queue, item)
+
+    def _subscription(self, cid: Cid) -> _Subscription:
+        found = self._subscriptions.get(cid)
+        if found is None:
+            raise ApiError(404, "No such subscription", subscription=cid)
+        return found
+
+    async def feed(self, subscription: _Subscription) -> None:
+        """Lease and send while there is credit. Owners come and go meanwhile: the service finds the
+        present one. Cancelling leaves nothing leased."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await subscription.has_credit()
+            asked_s = loop.time()
+            delivered = await self._service.consume(subscription.next())
+            reply = delivered.answer
+            if reply.status == 200:
+                subscription.credit -= reply.messages
+                self._put(frames.delivery(subscription.cid, reply.body), delivered)
+                if not self._room.is_set():
+                    await self._room.wait()
+            elif reply.status != 204:
+                self._put(frames.trouble(subscription.cid, reply), None)
+                await asyncio.sleep(random.uniform(*_TROUBLE_S))  # noqa: S311 - jitter
+            elif loop.time() - asked_s < MAX_WAIT_MS / 2000:
+                # Too many stand in line there: that was no wait at all.
+                await asyncio.sleep(random.uniform(*_DRY_S))  # noqa: S311 - jitter
+
+    # ── out ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _answer(self, cid: Cid | None, reply: Answer) -> None:
+        if reply.status >= 400:
+            self._metrics.errors += 1
+        if cid is not None or reply.status >= 400:
+            self._put(frames.answer(cid, reply), None)
+
+    def _put(self, item: bytes, delivered: Delivered | None) -> None:
+        if self._closed:
+            if delivered is not None:
+                delivered.undo()
+            return
+        self._unsent.append((item, delivered))
+        self._unsent_bytes += len(item)
+        if self._unsent_bytes > UNSENT_BYTES:
+            self._room.clear()
+        self._wake.set()
+
+    async def _write(self) -> None:
+        ws = self._ws
+        while True:
+            if not self._unsent:
+                self._note_idle()
+                self._wake.clear()
+                await self._wake.wait()
+            size = count = 0
+            for item, _ in self._unsent:
+                size += len(item)
+                count += 1
+                if size >= FRAME_BYTES:
+                    break
+            part = [item for item, _ in self._unsent[:count]]
+            if ws.closed:
+                return  # `run` gives back what was not sent
+            # Leaves `_unsent` only when the connection has taken it: the next `await` may be the
+            # last.
+            sent, self._unsent = self._unsent[:count], self._unsent[count:]
+            try:
+                await ws.send_frame(b"[" + b",".join(part) + b"]", WSMsgType.TEXT)
+            except ConnectionError:
+                self._unsent = sent + self._unsent
+                return
+            self._unsent_bytes -= size
+            if self._unsent_bytes <= UNSENT_BYTES // 2:
+                self._room.set()
+
+
+class _Subscription:
+    """A queue that a connection gets messages of."""
+
+    def __init__(self, stream: _Stream, cid: Cid, queue: str, item: SubscribeItem) -> None:
+        self.cid = cid
+        self.credit = item.credit
+        self._queue = queue
+        self._visibility_ms = item.visibility_ms
+        self._more = asyncio.Event()
+        self.task = asyncio.create_task(stream.feed(self), name=f"feed of {queue}")
+        self.task.add_done_callback(stream.ended)
+
+    def add(self, credit: int) -> None:
+        """More may be delivered. Raises ApiError beyond what one may be owed."""
+        if self.credit + credit > frames.MAX_CREDIT:
+            raise ApiError(429, "Too much credit", limit=frames.MAX_CREDIT)
+        self.credit += credit
+        self._more.set()
+
+    async def has_credit(self) -> None:
+        """Wait until there is some."""
+        while not self.credit:
+            self._more.clear()
+            await self._more.wait()
+
+    def next(self) -> Consume:
+        """What to ask the owner now."""
+        return Consume(self._queue, self.credit, True, MAX_WAIT_MS, self._visibility_ms)
+
+
+class _Acking:
+    """An ack on its way: its ids may belong to several partitions."""
+
+    __slots__ = ("_failure", "_statuses", "answered", "cid", "named", "open", "several")
+
+    def __init__(self, item: AckItem) -> None:
+        self.cid = item.cid
+        self.several = item.message_ids is not None
+        if item.message_ids is None:
+            if item.message_id is None:
+                raise ApiError(400, "Missing field", field="message_id")
+            if item.receipts is not None:
+                raise ApiError(400, "Invalid field", field="receipts", detail="Needs message_ids")
+            self.named = [(item.message_id, item.receipt)]
+        else:
+            if item.message_id is not None or item.receipt is not None:
+                field = "message_id" if item.message_id is not None else "receipt"
+                detail = "Not together with message_ids"
+                raise ApiError(400, "Invalid field", field=field, detail=detail)
+            receipts = item.receipts or [None] * len(item.message_ids)
+            if len(receipts) != len(item.message_ids):
+                detail = "Expected one for each of message_ids"
+                raise ApiError(400, "Invalid field", field="receipts", detail=detail)
+            self.named = list(zip(item.message_ids, receipts, strict=True))
+        self.open = len(self.named)
+        self.answered = False
+        self._statuses = [0] * self.open
+        self._failure: Answer | None = None
+
+    def settled(self, index: int, status: int) -> None:
+        """What became of one id."""
+        self._statuses[index] = status
+        self.open -= 1
+
+    def failed(self, index: int, reply: Answer) -> None:
+        """Its owner could not say."""
+        self._failure = reply
+        self.open -= 1
+
+    def answer(self) -> Answer:
+        """As POST /ack answers."""
+        if self._failure is not None:
+            return self._failure
+        if not self.several:
+            return SINGLE_ACK[self._statuses[0]]
+        results = [
+            {"message_id": text, "status": SETTLED[status]}
+            for (text, _), status in zip(self.named, self._statuses, strict=True)
+        ]
+        return frames.done({"results": results})
+
+
+def _known(text: str) -> MessageName:
+    name = parse_id(text)
+    if name is None:
+        raise ApiError(404, "Message not found", id=text)
+    return name
