@@ -60,14 +60,14 @@ class Node:
         self._halted = halted
         wait_ms = memory.lease_wait_ms
         grants_from_ms = now_ms() + wait_ms + STARTUP_GRACE_MS if wait_ms else 0.0
-        self._machine = Machine(
+        self.machine = Machine(
             Settings(config.url, config.capacity, config.lease_ms, policy=config.policy),
             list(config.members),
             memory.epoch,
             applied=memory.restored(),
             grants_from_ms=grants_from_ms,
         )
-        self._cache = self._machine.cache
+        self._cache = self.machine.cache
         self._grants_from_ms = grants_from_ms
         self._links: Links[Wire] | None = None
         self._calls: dict[int, asyncio.Future[Answer]] = {}
@@ -77,9 +77,9 @@ class Node:
         self._running_own = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_ms = float("inf")
-        self._ids = self._machine.names
+        self._ids = self.machine.names
         self._ids[config.url] = config.node_id
-        self._differ: dict[str, float] = {}  # member -> when its other member list was last seen
+        self.differ: dict[str, float] = {}  # member -> when its other member list was last seen
         self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._next_ask = 1
         self._watchers: dict[str, list[asyncio.Future[None]]] = {}
@@ -92,7 +92,7 @@ class Node:
         self._memory.start(
             on_settled=self._settled,
             on_loaded=self._loaded,
-            applied_rows=lambda: list(self._machine.directory.applied.rows()),
+            applied_rows=lambda: list(self.machine.directory.applied.rows()),
             failed=lambda _: self._halt(),
         )
         if self._grants_from_ms:
@@ -104,14 +104,18 @@ class Node:
     def lookup(self, key: str) -> Found | None:
         began = now_ms()
         line = self._cache.lookup(key, began)
-        if line is None or self._differ:
+        if line is None or self.differ:
             return None
         record = line.record
         if record.value is None:
             return None  # cannot be: a slot never holds an absent value
-        if not self._machine.counts.hits & HIT_SAMPLE:
-            self._metrics.hit_ms.observe(now_ms() - began)
+        if not self.machine.counts.hits & HIT_SAMPLE:
+            self.timed_hit(began)
         return Found(record.value, record.version, LETTER[line.state], True, record.expires_ms)
+
+    def timed_hit(self, began_ms: float) -> None:
+        """Take note of how long one hit took that began at `began_ms`."""
+        self._metrics.hit_ms.observe(now_ms() - began_ms)
 
     async def read(self, key: str) -> Found | Missing | Unavailable:
         began = now_ms()
@@ -194,7 +198,7 @@ class Node:
         ]
 
     async def directory(self, key: str) -> dict[str, object] | Unavailable:
-        home = self._machine.placement.home(key)
+        home = self.machine.placement.home(key)
         if home == self._config.url:
             return self._entry(key)
         number = self._next_ask
@@ -213,7 +217,7 @@ class Node:
 
     def _entry(self, key: str) -> dict[str, object]:
         """This home's view of `key`, by members' ids where they are known."""
-        entry = self._machine.directory.entries.get(key)
+        entry = self.machine.directory.entries.get(key)
         answer: dict[str, object] = {
             "key": key, "home": self._name(self._config.url), "state": "U", "owner": None,
             "sharers": [], "version": None, "transaction": None,
@@ -243,7 +247,7 @@ class Node:
         for line in self._cache.lines.values():
             states[LETTER[line.state]] += 1
         lines, capacity = len(self._cache.lines), self._config.capacity
-        return metrics.as_json(self._metrics, self._machine.counts, lines, capacity, states)
+        return metrics.as_json(self._metrics, self.machine.counts, lines, capacity, states)
 
     def metrics_prometheus(self) -> bytes:
         return metrics.as_prometheus(self.metrics_json())
@@ -255,10 +259,10 @@ class Node:
             "url": self._config.url,
             "members": list(self._config.members),
             "peers_connected": sorted(connected),
-            "epoch": self._machine.epoch,
+            "epoch": self.machine.epoch,
             "lines": len(self._cache.lines),
             "capacity": self._config.capacity,
-            "keys_in_directory": len(self._machine.directory.entries),
+            "keys_in_directory": len(self.machine.directory.entries),
             "lease_ms": self._config.lease_ms,
             "ready": self.not_ready_because() is None,
             "version": __version__,
@@ -273,13 +277,14 @@ class Node:
         return self._members_differ()
 
     def _members_differ(self) -> str | None:
-        if not self._differ:
+        if not self.differ:
             return None
         seen = now_ms() - MEMBERS_DIFFER_S * 1000
-        self._differ = {url: at for url, at in self._differ.items() if at > seen}
-        if not self._differ:
+        for url in [url for url, at in self.differ.items() if at <= seen]:
+            del self.differ[url]
+        if not self.differ:
             return None
-        return f"Started with other --peers than {', '.join(sorted(self._differ))}"
+        return f"Started with other --peers than {', '.join(sorted(self.differ))}"
 
     # --- what the links tell --------------------------------------------------------------------
 
@@ -296,17 +301,17 @@ class Node:
                     if future is not None and not future.done():
                         future.set_result(entry)
                 case _:
-                    self._machine.receive(step, hello.url, hello.incarnation, message)
+                    self.machine.receive(step, hello.url, hello.incarnation, message)
         self._carry_out(step)
 
     def on_up(self, hello: Hello) -> None:
         self._metrics.peers_connected += 1
         self._ids[hello.url] = hello.node_id
-        self._differ.pop(hello.url, None)
+        self.differ.pop(hello.url, None)
         self._events.publish("peer_up", url=hello.url, id=hello.node_id)
         log.info("link to %s at %s is up", hello.node_id, hello.url)
         step = self._step()
-        self._machine.receive(step, hello.url, hello.incarnation, CoreHello())
+        self.machine.receive(step, hello.url, hello.incarnation, CoreHello())
         self._carry_out(step)
 
     def on_down(self, url: str) -> None:
@@ -315,7 +320,7 @@ class Node:
         log.info("link to %s is down", self._name(url))
 
     def on_other_members(self, url: str) -> None:
-        self._differ[url] = now_ms()
+        self.differ[url] = now_ms()
 
     # --- what the store tells -------------------------------------------------------------------
 
@@ -326,7 +331,7 @@ class Node:
     def _loaded(self, records: Iterable[tuple[str, Record | None]]) -> None:
         step = self._step()
         for key, record in records:
-            self._machine.loaded(step, key, record)
+            self.machine.loaded(step, key, record)
         self._carry_out(step)
 
     def _leases_over(self) -> None:
@@ -393,17 +398,17 @@ class Node:
                 step = self._step()
                 own, self._own = self._own, []
                 for message in own:
-                    self._machine.receive(step, self._config.url, self._machine.epoch, message)
+                    self.machine.receive(step, self._config.url, self.machine.epoch, message)
                 records, self._ready_records = self._ready_records, []
                 for key, record in records:
-                    self._machine.loaded(step, key, record)
+                    self.machine.loaded(step, key, record)
                 self._carry_out(step)
         finally:
             self._running_own = False
         self._arm()
 
     def _arm(self) -> None:
-        at_ms = self._machine.next_tick_ms()
+        at_ms = self.machine.next_tick_ms()
         if at_ms < self._timer_at_ms:
             if self._timer is not None:
                 self._timer.cancel()
@@ -414,7 +419,7 @@ class Node:
     def _tick(self) -> None:
         self._timer, self._timer_at_ms = None, float("inf")
         step = self._step()
-        self._machine.tick(step)
+        self.machine.tick(step)
         self._carry_out(step)
 
     def _halt(self) -> None:
@@ -431,7 +436,7 @@ class Node:
         if self._calls:
             await asyncio.wait(list(self._calls.values()), timeout=1.0)
         step = self._step()
-        self._machine.leave(step, HAND_OVER)
+        self.machine.leave(step, HAND_OVER)
         self._carry_out(step)
         for future in list(self._calls.values()):
             if not future.done():
