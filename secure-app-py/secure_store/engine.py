@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from secure_store.core import machine, plan
 from secure_store.core.audit import Told
@@ -50,11 +49,11 @@ from secure_store.storage.database import Database
 from secure_store.storage.view import View
 from secure_store.storage.writer import Writer
 from secure_store.transport.link import AuditHead, Links
+from secure_store.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
-BARRIER_S = 1.5
 
 
 def clock_ms() -> int:
@@ -65,26 +64,6 @@ def clock_ms() -> int:
 def wall_ms() -> int:
     """UTC milliseconds, for what is stored and shown."""
     return time.time_ns() // 1_000_000
-
-
-class _Begun:
-    """A write on its way: its plan once it is admitted, and who waits for it."""
-
-    __slots__ = ("future", "planned", "write")
-
-    def __init__(self, write: plan.Write, future: asyncio.Future[plan.Written]) -> None:
-        self.write = write
-        self.future = future
-        self.planned: plan.Planned | None = None
-
-
-class _Barrier(NamedTuple):
-    """An answer that rests on undecided writes: it waits until `seq` is decided."""
-
-    seq: int
-    request: int
-    error: Exception | None
-    since_s: float
 
 
 class Engine:
@@ -122,14 +101,10 @@ class Engine:
         self.links: Links | None = None
         self._events: deque[Event] = deque()
         self._stepping = False
-        self._requests = 0
-        self._writes: dict[int, _Begun] = {}
-        self._promotions: dict[int, asyncio.Future[Promotion]] = {}
-        self._leaving: dict[int, asyncio.Future[None]] = {}
+        self.waiting = Waiting()
         self._undecided: deque[tuple[Record, tuple[Change, ...]]] = deque()
         self._planned: deque[tuple[int, tuple[Change, ...]]] = deque()
         self._viewed_seq = 0
-        self._barriers: deque[_Barrier] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self.last_head_s = 0.0
@@ -155,24 +130,19 @@ class Engine:
     async def write(self, write: plan.Write) -> plan.Written:
         """Decide one write. Raises plan's errors: Rejected, OutcomeUnknown, OpFailed, KeyReused,
         Full."""
-        self._requests += 1
-        future: asyncio.Future[plan.Written] = self._loop.create_future()
-        self._writes[self._requests] = _Begun(write, future)
-        self.feed(Arrive(self._requests, clock_ms()))
+        request, future = self.waiting.write(write)
+        self.feed(Arrive(request, clock_ms()))
         return await future
 
     async def promote(self, *, force: bool) -> Promotion:
-        self._requests += 1
-        future: asyncio.Future[Promotion] = self._loop.create_future()
-        self._promotions[self._requests] = future
-        self.feed(Promote(self._requests, force, clock_ms()))
+        request, future = self.waiting.promotion()
+        self.feed(Promote(request, force, clock_ms()))
         return await future
 
     async def leave(self) -> None:
         """Seal, if there is an in-step replica to seal for."""
-        self._requests += 1
-        future = self._leaving[self._requests] = self._loop.create_future()
-        self.feed(Leave(self._requests, clock_ms()))
+        request, future = self.waiting.leave()
+        self.feed(Leave(request, clock_ms()))
         await future
 
     async def stop(self) -> None:
@@ -223,7 +193,7 @@ class Engine:
         while True:
             await asyncio.sleep(TICK_S)
             self.feed(Tick(clock_ms()))
-            self._fail_barriers(time.monotonic() - BARRIER_S)
+            self.waiting.tick()
             if self.writer is not None:
                 self.writer.note_told(*self._next_told())
             session = self.state.session
@@ -273,7 +243,7 @@ class Engine:
         lines = self._show(fx.shown) if fx.shown is not None else {}
         if fx.admit:
             self._admit(fx.admit)
-        self._answer(fx, lines)
+        self.waiting.answer(fx, lines)
         for event, details in fx.notes:
             self._on_note(event, details)
 
@@ -332,8 +302,7 @@ class Engine:
             lines[record.seq] = self._on_shown(changes, record.seq)
         if decided and self.writer is not None:
             self.writer.apply(decided)
-        while self._barriers and self._barriers[0].seq <= seq:
-            self._pass(self._barriers.popleft())
+        self.waiting.shown(seq)
         return lines
 
     def _reset(self) -> None:
@@ -349,14 +318,14 @@ class Engine:
         seq = self.state.last.seq
         now_ms = wall_ms()
         for request in requests:
-            begun = self._writes[request]
             try:
-                begun.planned = planned = plan.plan(begun.write, self.view, now_ms)
+                planned = plan.plan(self.waiting.asked(request), self.view, now_ms)
             except Exception as e:  # noqa: BLE001 - a refusal, damaged data, or a bug: this one's
-                self._answer_after(seq, request, e)
+                self.waiting.after(seq, self.state.shown_seq, request, e)
                 continue
+            self.waiting.planned(request, planned)
             if not planned.changes:
-                self._answer_after(seq, request, None)
+                self.waiting.after(seq, self.state.shown_seq, request, None)
                 continue
             seq += 1
             self.view.append(planned.changes, seq)
@@ -364,64 +333,6 @@ class Engine:
             self._planned.append((seq, planned.changes))
             entries.append((request, encode_changes(planned.changes)))
         self._events.appendleft(Append(tuple(entries), clock_ms()))
-
-    def _answer_after(self, seq: int, request: int, error: Exception | None) -> None:
-        """An answer that rests on undecided writes waits until they are decided."""
-
-        barrier = _Barrier(seq, request, error, time.monotonic())
-        if seq <= self.state.shown_seq:
-            self._pass(barrier)
-        else:
-            self._barriers.append(barrier)
-
-    def _pass(self, barrier: _Barrier) -> None:
-        begun = self._writes.pop(barrier.request)
-        if begun.future.done():
-            return
-        if barrier.error is not None:
-            begun.future.set_exception(barrier.error)
-        elif begun.planned is not None:
-            begun.future.set_result(self._written(begun.planned, degraded=False, line=0))
-
-    @staticmethod
-    def _written(planned: plan.Planned, *, degraded: bool, line: int) -> plan.Written:
-        return plan.Written(planned.body, planned.version, degraded, planned.replayed, line)
-
-    def _answer(self, fx: Effects, lines: dict[int, int]) -> None:
-        for done in fx.done:
-            begun = self._writes.pop(done.request)
-            if begun.planned is not None and not begun.future.done():
-                line = lines.get(done.seq, 0)
-                written = self._written(begun.planned, degraded=done.degraded, line=line)
-                begun.future.set_result(written)
-        for request, reason in fx.unknown:
-            self._fail(request, plan.OutcomeUnknown(reason))
-        for rejected in fx.reject:
-            self._fail(
-                rejected.request,
-                plan.Rejected(rejected.reason, not_primary=rejected.not_primary),
-            )
-        if fx.unknown:
-            self._fail_barriers(time.monotonic())
-        for promotion in fx.promotions:
-            waiting = self._promotions.pop(promotion.request, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(promotion)
-        for request in fx.left:
-            leaving = self._leaving.pop(request, None)
-            if leaving is not None and not leaving.done():
-                leaving.set_result(None)
-
-    def _fail(self, request: int, error: Exception) -> None:
-        begun = self._writes.pop(request, None)
-        if begun is not None and not begun.future.done():
-            begun.future.set_exception(error)
-
-    def _fail_barriers(self, older_than_s: float) -> None:
-        """What these answers rest on is not decided in time. They changed nothing: say so."""
-        while self._barriers and self._barriers[0].since_s <= older_than_s:
-            late = plan.Rejected("Replica did not confirm in time", not_primary=False)
-            self._fail(self._barriers.popleft().request, late)
 
     # --- following the role -------------------------------------------------------------------
 
