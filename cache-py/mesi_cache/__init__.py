@@ -1,7 +1,7 @@
-"""A cache that several nodes share and that is never stale: MESI with a directory, by messages.
+"""A cache that several nodes share and that is never stale: MESI with a directory.
 
-Read `core/machine.py` first; DESIGN.md says why it is so. `CacheNode` (library.py) is what a program
-imports to have a node of its own.
+Read `core/machine.py` first; DESIGN.md says why it is so. `CacheNode` (library.py) is what a
+program imports to have a node of its own.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from mesi_cache.core.cache.controller import Cache
 from mesi_cache.core.counts import Counts
 from mesi_cache.core.directory.applied import Applied
 from mesi_cache.core.directory.controller import Directory
+from mesi_cache.core.directory.retries import Retries, RetryRow
 from mesi_cache.core.messages import (
     Backup,
     BackupAck,
@@ -51,10 +52,11 @@ class Machine:
         epoch: int,
         *,
         applied: Iterable[tuple[str, int, int, Outcome | None]] = (),
+        retries: Iterable[RetryRow] = (),
         grants_from_ms: float = 0.0,
     ) -> None:
         """`epoch` is the durable start counter: it must be above every earlier one of this member.
-        `applied` and `grants_from_ms` restore a home (see Applied and Directory)."""
+        `applied`, `retries` and `grants_from_ms` restore a home (see the classes)."""
         self.settings = settings
         self.epoch = epoch
         self.placement = members if isinstance(members, Placement) else Placement(members)
@@ -66,8 +68,9 @@ class Machine:
         for row in applied:
             restored.restore(*row)
         self.directory = Directory(
-            settings, epoch, self.counts, self.incarnations, self.names, restored, grants_from_ms
-        )
+            settings, epoch, self.counts, self.incarnations, self.names, restored, Retries(retries),
+            grants_from_ms,
+        )  # fmt: skip
 
     def receive(self, step: Step, source: str, incarnation: int, message: Message) -> None:
         """Take in what `source` (a member, in its life number `incarnation`) has sent."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from mesi_cache.core.records import Operation, Outcome
+from mesi_cache.core.records import Once, Operation, Outcome
 
 
 class GetS(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -39,6 +39,7 @@ class GetM(msgspec.Struct, frozen=True, array_like=True, tag=True):
     operation_id: int
     floor: int  # the sender no longer waits for any of its operations below this
     operation: Operation
+    once: Once | None = None  # the client's own name for it
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, tag=True):

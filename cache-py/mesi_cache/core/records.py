@@ -4,6 +4,7 @@
 with a request, an owner calls it on its own line: both must get the same answer.
 """
 
+from hashlib import blake2b
 from typing import Literal
 
 import msgspec
@@ -49,9 +50,30 @@ class Incr(msgspec.Struct, frozen=True, array_like=True, tag=True):
     by: int
 
 
-Operation = Write | Cas | Delete | Incr
+class Claim(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Set the value if there is none, and tell in any case what it is now. It leaves no copy."""
 
-Status = Literal["done", "mismatch", "absent", "not_integer"]
+    value: bytes
+    ttl_ms: int
+
+
+Operation = Write | Cas | Delete | Incr | Claim
+
+
+class Once(msgspec.Struct, frozen=True, array_like=True):
+    """A client's own name for one change, which it may ask for again, of any node."""
+
+    name: str
+    print: str  # of the key and the operation: the same name must mean the same change
+
+    @classmethod
+    def of(cls, name: str, key: str, operation: Operation) -> "Once":
+        digest = blake2b(msgspec.msgpack.encode((key, operation)), digest_size=16)
+        return cls(name, digest.hexdigest())
+
+
+# "taken" answers a claim; "reused" and "full" say why a named change was not done.
+Status = Literal["done", "mismatch", "absent", "not_integer", "taken", "reused", "full"]
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True):
@@ -59,7 +81,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
 
     status: Status
     version: int  # after the operation; of a deleted or absent key: 0
-    value: bytes | None = None  # only where the client cannot know it (incr)
+    value: bytes | None = None  # only where the client cannot know it (incr, claim)
 
 
 # JSON readers that keep integers in doubles lose them beyond this; refusing beats rounding.
@@ -89,6 +111,10 @@ def evaluate(operation: Operation, record: Record, wall_ms: float) -> tuple[Outc
                 return Outcome("not_integer", record.version), None
             value = b"%d" % (total + by)
             return Outcome("done", version, value), Record(value, version, record.expires_ms)
+        case Claim(value, ttl_ms):
+            if record.value is not None:
+                return Outcome("taken", record.version, record.value), None
+            return Outcome("done", version, value), Record(value, version, int(wall_ms) + ttl_ms)
 
 
 def _integer(value: bytes | None) -> int | None:

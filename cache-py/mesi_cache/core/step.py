@@ -3,7 +3,7 @@
 import msgspec
 
 from mesi_cache.core.messages import Message
-from mesi_cache.core.records import Outcome, Record
+from mesi_cache.core.records import Once, Outcome, Record
 
 
 class Logged(msgspec.Struct, frozen=True, array_like=True):
@@ -15,6 +15,8 @@ class Logged(msgspec.Struct, frozen=True, array_like=True):
     operation_id: int = 0
     floor: int = 0
     outcome: Outcome | None = None
+    once: Once | None = None  # the client's own name for it
+    once_until_ms: int = 0  # wall clock: how long that name is remembered
 
 
 class Found(msgspec.Struct, frozen=True):

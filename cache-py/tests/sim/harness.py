@@ -17,7 +17,7 @@ from mesi_cache.core.directory.table import TABLE as ENTRY_TABLE
 from mesi_cache.core.invariants import Ledger, check_cluster, check_machine
 from mesi_cache.core.machine import Machine
 from mesi_cache.core.messages import Hello, Message
-from mesi_cache.core.records import Cas, Delete, Incr, Operation, Record, Write
+from mesi_cache.core.records import Cas, Delete, Incr, Once, Operation, Record, Write
 from mesi_cache.core.settings import Settings
 from mesi_cache.core.step import Changed, Found, Missing, Step, Unavailable
 from testkit.checkers import linearizable
@@ -75,7 +75,7 @@ class SimNode:
     def start(self, disk: Disk) -> None:
         epoch = disk.get("epoch", 0) + 1
         disk.put("epoch", epoch)
-        applied = []
+        applied, retries = [], []
         for logged in disk.log():
             if isinstance(logged, Damaged):
                 break
@@ -83,6 +83,9 @@ class SimNode:
             if logged.source:
                 row = (logged.source, logged.floor, logged.operation_id, logged.outcome)
                 applied.append(row)
+            if logged.once is not None and logged.outcome is not None:
+                once = logged.once
+                retries.append((once.name, once.print, logged.once_until_ms, logged.outcome))
         disk.truncate(sum(1 for line in disk.log() if not isinstance(line, Damaged)))
         self.harness.recovered(self.host.name, self._memory)
         wait_ms = LEASE_MS if epoch > 1 else 0
@@ -91,6 +94,7 @@ class SimNode:
             list(NODES),
             epoch,
             applied=applied,
+            retries=retries,
             grants_from_ms=self.now_ms + wait_ms if wait_ms else 0.0,
         )
         if self.harness.always:
@@ -129,7 +133,9 @@ class SimNode:
         while self._unsynced and self._unsynced[0][0] <= token:
             self._release(self._unsynced.popleft()[1])
 
-    def ask(self, key: str, operation: Operation | None, reply: Any) -> None:
+    def ask(
+        self, key: str, operation: Operation | None, reply: Any, once: Once | None = None
+    ) -> None:
         """A client's call, as the HTTP handlers make it."""
         assert self.machine is not None
         now_ms = self.now_ms
@@ -141,7 +147,7 @@ class SimNode:
             self.host.cover("hits")
             return
         step = self._step()
-        self._answers[self.machine.cache.submit(step, key, operation)] = reply
+        self._answers[self.machine.cache.submit(step, key, operation, once)] = reply
         self._carry_out(step)
 
     # --- effects ------------------------------------------------------------------------------
@@ -239,15 +245,33 @@ class CacheHarness(Harness[SimNode]):
         world, rng = self.world, self.world.rng
         versions: dict[str, int] = {}
         for _ in range(60):
-            if world.clock.now_ms > LAST_CALL_MS:
+            if self._late():
                 return
             up = [name for name in NODES if world.is_up(name)]
             key, target = rng.choice(KEYS), rng.choice(up or NODES)
             operation, call = self._draw(me, key, versions)
-            reply = world.promise(timeout_ms=2_300)
-            world.tell(target, lambda node, k=key, o=operation, r=reply: node.ask(k, o, r))
-            self._note(key, operation, call, await reply, versions)
+            once = None
+            if isinstance(operation, Incr) and rng.random() < 0.5:
+                once = Once.of(f"{me} {self._value}", key, operation)
+            answer = await self._ask(target, key, operation, once)
+            for _ in range(2):
+                if once is None or isinstance(answer, Changed) or self._late():
+                    break
+                # Whatever became of it: the same name again, of any node, counts once.
+                world.coverage.hit("asked_again")
+                answer = await self._ask(rng.choice(NODES), key, operation, once)
+            self._note(key, operation, call, answer, versions)
             await world.sleep_ms(rng.choice((0.0, rng.uniform(0, 3), rng.uniform(0, 60))))
+
+    def _late(self) -> bool:
+        return self.world.clock.now_ms > LAST_CALL_MS
+
+    async def _ask(
+        self, target: str, key: str, operation: Operation | None, once: Once | None
+    ) -> Any:
+        reply = self.world.promise(timeout_ms=2_300)
+        self.world.tell(target, lambda node: node.ask(key, operation, reply, once))
+        return await reply
 
     def _draw(self, me: str, key: str, versions: dict[str, int]) -> tuple[Operation | None, Any]:
         rng, history = self.world.rng, self.world.history

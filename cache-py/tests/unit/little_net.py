@@ -5,7 +5,7 @@ from __future__ import annotations
 from mesi_cache.core.cache.slots import Policy
 from mesi_cache.core.machine import Machine
 from mesi_cache.core.messages import Message
-from mesi_cache.core.records import Operation, Record
+from mesi_cache.core.records import Once, Operation, Record
 from mesi_cache.core.settings import Settings
 from mesi_cache.core.step import Answer, Logged, Step
 
@@ -33,6 +33,11 @@ class LittleNet:
     def start(self, name: str, epoch: int) -> Machine:
         """A new life of `name`, with what its log remembers."""
         rows = [(x.source, x.floor, x.operation_id, x.outcome) for x in self.log[name] if x.source]
+        retries = [
+            (x.once.name, x.once.print, x.once_until_ms, x.outcome)
+            for x in self.log[name]
+            if x.once is not None and x.outcome is not None
+        ]
         machine = Machine(
             Settings(
                 name, self.capacity, LEASE_MS, resend_ms=100, call_ms=4_000, policy=self.policy
@@ -40,6 +45,7 @@ class LittleNet:
             self.names,
             epoch,
             applied=rows,
+            retries=retries,
             grants_from_ms=self.now_ms + LEASE_MS if epoch > 1 else 0.0,
         )
         self.machines[name] = machine
@@ -61,10 +67,13 @@ class LittleNet:
     def step(self) -> Step:
         return Step(self.now_ms, self.wall_ms)
 
-    def ask(self, name: str, key: str, operation: Operation | None = None) -> tuple[str, int]:
+    def ask(
+        self, name: str, key: str, operation: Operation | None = None, once: str = ""
+    ) -> tuple[str, int]:
         """A client's call; its answer appears in `answers` under what this returns."""
         step = self.step()
-        token = self.machines[name].cache.submit(step, key, operation)
+        named = Once.of(once, key, operation) if once and operation else None
+        token = self.machines[name].cache.submit(step, key, operation, named)
         self.carry_out(name, step)
         return name, token
 

@@ -24,7 +24,7 @@ from mesi_cache.core.messages import (
     Renew,
     RenewAck,
 )
-from mesi_cache.core.records import Cas, Incr, Operation, Write, evaluate
+from mesi_cache.core.records import Cas, Incr, Once, Operation, Write, evaluate
 from mesi_cache.core.step import Found, Step, Unavailable
 
 
@@ -41,8 +41,11 @@ class Cache(Requester):
         self._counts.hits += 1
         return line
 
-    def submit(self, step: Step, key: str, operation: Operation | None) -> int:
-        """Begin a read (`operation` None) or change; its answer comes under the token returned."""
+    def submit(
+        self, step: Step, key: str, operation: Operation | None, once: Once | None = None
+    ) -> int:
+        """Begin a read (`operation` None) or change; its answer comes under the token returned.
+        A change with a name of the client's own (`once`) is always the home's to do."""
         token = self._next_token
         self._next_token += 1
         operation_id = 0
@@ -53,7 +56,8 @@ class Cache(Requester):
         else:
             self._counts.reads += 1
         now_ms = step.now_ms
-        call = Call(token, key, operation, operation_id, now_ms, now_ms + self._settings.call_ms)
+        deadline_ms = now_ms + self._settings.call_ms
+        call = Call(token, key, operation, operation_id, now_ms, deadline_ms, once)
         if operation_id:
             self._unresolved[operation_id] = call
         line = self.table.get(key)
@@ -305,6 +309,10 @@ class Cache(Requester):
                 if line.changes:
                     break  # they end first
                 self._fire(step, line, Event.PASSED, None)
+            elif call.once is not None and line.state in OWNING:
+                if line.changes:
+                    break  # they end first
+                self._fire(step, line, Event.ASK_HOME, None)
             elif line.state is State.SM_D:
                 if not line.alive(step.now_ms):
                     break

@@ -3,7 +3,7 @@
 from collections import deque
 
 from mesi_cache.core.cache.table import State
-from mesi_cache.core.records import ABSENT, Operation, Outcome, Record
+from mesi_cache.core.records import ABSENT, Once, Operation, Outcome, Record
 
 NEVER = float("inf")
 
@@ -12,8 +12,8 @@ class Call:
     """One client's read (`operation` None) or change, from submission to its single answer."""
 
     __slots__ = (
-        "deadline_ms", "done", "joined_ms", "key", "missed", "operation", "operation_id", "sent",
-        "token",
+        "deadline_ms", "done", "joined_ms", "key", "missed", "once", "operation", "operation_id",
+        "sent", "token",
     )  # fmt: skip
 
     def __init__(
@@ -24,6 +24,7 @@ class Call:
         operation_id: int,
         joined_ms: float,
         deadline_ms: float,
+        once: Once | None = None,
     ) -> None:
         self.token = token
         self.key = key
@@ -31,6 +32,7 @@ class Call:
         self.operation_id = operation_id
         self.joined_ms = joined_ms
         self.deadline_ms = deadline_ms
+        self.once = once  # only the home knows whether that has happened
         self.missed = False  # it waited for a message, so it is no hit
         self.sent = False  # a home may know of it, so giving up leaves the outcome open
         self.done = False

@@ -126,6 +126,7 @@ class Requester:
                 call.operation_id,
                 self._floor(),
                 call.operation,
+                call.once,
             )
         step.send.append((line.home, message))
 

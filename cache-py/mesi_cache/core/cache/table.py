@@ -48,6 +48,7 @@ class Event(StrEnum):
     DATA_DEAD = "data_dead"  # granted below an invalidation seen, or after the lease ran out
     DATA_NONE = "data_none"  # answered without a copy: absent, or nothing changed
     PUT_ACK = "put_ack"
+    ASK_HOME = "ask_home"  # a change that has a name: only the home knows whether it has happened
     PASSED = "passed"  # the value's own deadline is near: only the home may still tell
     LOST = "lost"  # the home restarted
     GIVE_UP = "give_up"  # nobody waits any longer, or the lease of a line put back is over
@@ -90,6 +91,7 @@ _OWNED: dict[Event, Row] = {
     E.INV: (S.I, (D.DROP, D.ACK_INV)),
     E.FETCH_KEEP: (S.S, (D.ACK_KEPT,)),
     E.FETCH_DROP: (S.I, (D.DROP, D.ACK_GONE)),
+    E.ASK_HOME: (S.I, (D.DROP,)),
     E.PASSED: (S.I, (D.DROP,)),
     E.LOST: (S.I, (D.DROP,)),
 }

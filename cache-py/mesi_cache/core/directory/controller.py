@@ -13,6 +13,7 @@ from collections import OrderedDict
 from mesi_cache.core.counts import Counts
 from mesi_cache.core.directory.applied import Applied
 from mesi_cache.core.directory.entry import Asked, Copy, Entry
+from mesi_cache.core.directory.retries import Retries
 from mesi_cache.core.directory.table import BUSY, STABLE, TABLE, Do, Event, State
 from mesi_cache.core.messages import (
     Backup,
@@ -31,7 +32,7 @@ from mesi_cache.core.messages import (
     RenewAck,
 )
 from mesi_cache.core.numbers import first_number
-from mesi_cache.core.records import ABSENT, Record, evaluate, expired
+from mesi_cache.core.records import ABSENT, Claim, Record, evaluate, expired
 from mesi_cache.core.settings import Settings
 from mesi_cache.core.step import Logged, Step
 
@@ -49,6 +50,7 @@ class Directory:
         incarnations: dict[str, int],
         names: dict[str, str],
         applied: Applied,
+        retries: Retries,
         grants_from_ms: float,
     ) -> None:
         """`incarnations` and `names` are the machine's own records of its peers. `grants_from_ms`:
@@ -58,6 +60,7 @@ class Directory:
         self._incarnations = incarnations
         self._names = names
         self.applied = applied
+        self.retries = retries
         self.grants_from_ms = grants_from_ms
         self.entries: dict[str, Entry] = {}
         self._number = first_number(epoch)  # of the latest transaction
@@ -123,6 +126,13 @@ class Directory:
                 return
             if self.applied.forgotten(asked.source, message.operation_id):
                 return
+            if message.once is not None:
+                outcome = self.retries.outcome(message.once, step.wall_ms)
+                if outcome is not None:
+                    self.applied.add(asked.source, message.operation_id, outcome)
+                    asked.result = (outcome, None)
+                    self._answer(step, entry, asked)
+                    return
         self._purge(step, entry)
         self._fire(step, entry, self._classify(step, entry, asked))
 
@@ -144,9 +154,11 @@ class Directory:
         outcome, record = asked.result
         if record is None:
             self.applied.add(asked.source, message.operation_id, outcome)
+            if message.once is not None:  # not logged: after a restart it is looked at anew
+                self.retries.add(message.once, step.wall_ms, outcome)
             return Event.NO_CHANGE
-        if record.value is None:
-            return Event.ERASE
+        if record.value is None or isinstance(message.operation, Claim):
+            return Event.ERASE  # no copy is left of it
         alone = entry.state is State.S and set(entry.copies) == {asked.source}
         return Event.CHANGE_ALONE if alone else Event.CHANGE
 
@@ -323,11 +335,11 @@ class Directory:
             return
         outcome, entry.record = asked.result[0], asked.result[1]
         self.applied.add(asked.source, message.operation_id, outcome)
-        step.log.append(
-            Logged(
-                entry.key, entry.record, asked.source, message.operation_id, message.floor, outcome
-            )
-        )
+        until_ms = self.retries.add(message.once, step.wall_ms, outcome) if message.once else 0
+        step.log.append(Logged(
+            entry.key, entry.record, asked.source, message.operation_id, message.floor, outcome,
+            message.once, until_ms,
+        ))  # fmt: skip
 
     def _grant(self, step: Step, entry: Entry, asked: Asked, state: str) -> None:
         until_ms = step.now_ms + self._settings.lease_ms
