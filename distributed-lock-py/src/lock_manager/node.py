@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import deque
 from time import perf_counter
 
 from lock_manager.api.directory import Directory
@@ -24,7 +25,7 @@ from lock_manager.api.reporting import Reporter
 from lock_manager.api.standing import peers, standing
 from lock_manager.config import Config
 from lock_manager.core.cluster_clock import ClusterClock
-from lock_manager.core.locks import snapshot, views
+from lock_manager.core.locks import views
 from lock_manager.core.locks.commands import (
     Batch,
     Command,
@@ -41,23 +42,20 @@ from lock_manager.core.raft import (
     Configuration,
     ConfigurationChanged,
     ConfigurationCommitted,
-    ElectionStarted,
     Entry,
     EntryKind,
-    LeaderChanged,
     Member,
     Message,
     Note,
     RaftConfig,
     Role,
     SteppedDown,
-    Suspicious,
-    TransferEnded,
     WonElection,
 )
 from lock_manager.core.raft.core import RaftCore
 from lock_manager.metrics import Metrics
 from lock_manager.storage import Store, StoreFailed
+from lock_manager.storage.snapshots import Snapshots
 from lock_manager.transport import Links
 
 log = logging.getLogger(__name__)
@@ -68,7 +66,7 @@ BATCHES_UNDER_WAY = 2
 SMALL_BATCH = 3  # commands
 # An idle leader of a cluster that waits for anything logs the time this often (guarantee 8).
 STAMP_EVERY_MS = 1_000
-SNAPSHOT_PAUSE_S = 0.002  # between its steps: requests go first
+CATCH_UP_S = 0.005  # of a turn of the loop, for applying and for reading a snapshot
 KEEP_ONE_IN = 10  # of the entries before a snapshot: for followers that are a little late
 
 
@@ -79,8 +77,6 @@ class Node:
         self._config = config
         self._store = store
         self._metrics = metrics
-        self._reporter = Reporter(metrics, events)
-        self._events = events
         # Ends the process: (exit code, why).
         self.halted: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
@@ -99,13 +95,14 @@ class Node:
         self._core = RaftCore(raft, store.restored, random.SystemRandom().randrange, self._now_ms())
         self._machine = LockMachine()
         self._applied = 0
+        self._behind: deque[Entry] = deque()  # committed, and not applied yet
         self._clock = ClusterClock()
         self._desk = Desk()
         self._gathering = Gathering(self._loop, lambda: self._desk.mail, self._wake)
         self._reads = Reads()
         self._begun_term = 0  # the last one that this node led
         self._logged_ms = 0  # cluster time of the last stamp that this leader proposed
-        self._writer: snapshot.SnapshotWriter | None = None
+        self._snapshots = Snapshots(self._loop, self._take_snapshot)
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -118,6 +115,7 @@ class Node:
         )
         self.book = PeerBook(self.me, store.peers, store.bind_peer)
         self._directory = Directory(config, self.book)
+        self._reporter = Reporter(config, metrics, events, self._directory)
         self.operators = Operators(self._core, self._directory, self._now_ms, self._wake)
         self.links: Links | None = None
 
@@ -138,7 +136,7 @@ class Node:
         now = self._now_ms()
         for message in messages:
             self._core.step(message, now)
-        self._wake()
+        self._flush()
 
     def on_broken(self, position: int) -> None:
         self._core.peer_disconnected(position, self._now_ms())
@@ -146,7 +144,7 @@ class Node:
 
     def _on_persisted(self, seq: int) -> None:
         self._core.persisted(seq, self._now_ms())
-        self._wake()
+        self._flush()
 
     def _on_store_failed(self, error: StoreFailed) -> None:
         self.halt(f"the store failed, nothing can be promised any more: {error}")
@@ -163,6 +161,7 @@ class Node:
         """Take no further part; `server` ends the process with this exit code."""
         if not self.halted.done():
             self._stopping = True
+            self._snapshots.stop_writing()
             self._give_up_leadership()
             self._desk.refuse_mail(self.operators.elsewhere())
             self.halted.set_result((code, reason))
@@ -172,10 +171,15 @@ class Node:
     def _wake(self) -> None:
         if not self._flush_scheduled:
             self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush_scheduled_one)
+
+    def _flush_scheduled_one(self) -> None:
+        self._flush_scheduled = False
+        self._flush()
 
     def _flush(self) -> None:
-        self._flush_scheduled = False
+        """What a scheduled flush does; peers and the disk need not wait for it: each of their
+        events brings a batch of news already."""
         if self.halted.done() or self.links is None:
             return
         try:
@@ -187,8 +191,13 @@ class Node:
 
     def _do_what_is_due(self, links: Links) -> None:
         core = self._core
+        until_s = perf_counter() + CATCH_UP_S
         self._propose()
         self._reads.ask(core.read_index)
+        if self._behind or self._snapshots.reading:
+            self._catch_up(until_s)
+            self._reads.serve(self._applied)
+            self._compact()
         while core.has_effects:
             effects = core.drain()
             links.send(effects.messages)
@@ -198,8 +207,8 @@ class Node:
                 self._restore(effects.restore.index, effects.restore.data)
             for note in effects.notes:
                 self._note(note)
-            for entry in effects.committed:
-                self._apply(entry)
+            self._behind.extend(effects.committed)
+            self._catch_up(until_s)
             for ready in effects.reads_ready:
                 self._reads.confirm(ready.read_id, ready.index)
             self._reads.serve(self._applied)
@@ -290,74 +299,57 @@ class Node:
     # ----------------------------------------------------------------------------------- snapshots
 
     def _restore(self, index: int, data: bytes) -> None:
-        """Raises SnapshotError for a snapshot that this version cannot read: the node halts."""
-        self._machine = snapshot.restore(data)
-        self._applied = index
-        self._writer = None  # it watches a machine that is no more
+        """A snapshot takes the place of what is applied; until it is read, that stays as it is."""
+        self._snapshots.read(index, data)
+        self._behind.clear()
+
+    def _catch_up(self, until_s: float) -> None:
+        """Bring the machine up to what is committed, as far as this turn of the loop allows: peers
+        and clients must not wait for a long log or a large snapshot.
+
+        Raises SnapshotError for a snapshot that this version cannot read: the node halts."""
+        while self._behind or self._snapshots.reading:
+            if not self._snapshots.reading:
+                self._apply(self._behind.popleft())
+            elif (read := self._snapshots.read_some()) is not None:
+                self._snapshots.scrap(self._machine)
+                self._applied, self._machine = read
+                self._clock.hear(self._machine.now_ms)
+            if perf_counter() > until_s:
+                self._wake()
+                return
 
     def _compact(self) -> None:
-        """Begin a snapshot when the log has grown long; it is written in small steps."""
+        """Begin a snapshot when the log has grown long."""
         grown = self._applied - self._core.snapshot_index
-        if self._writer is None and grown >= self._config.snapshot_entries:
-            self._writer = snapshot.SnapshotWriter(self._machine)
-            self._loop.call_soon(self._write_snapshot, self._writer)
+        if grown >= self._config.snapshot_entries and not self._snapshots.writing:
+            self._snapshots.write(self._machine)
 
-    def _write_snapshot(self, writer: snapshot.SnapshotWriter) -> None:
-        if self._writer is not writer or self.halted.done():
-            return
-        if writer.step():
-            self._loop.call_later(SNAPSHOT_PAUSE_S, self._write_snapshot, writer)
-            return
-        # To put the pieces together takes long, but join does it without the interpreter's lock.
-        joined = self._loop.run_in_executor(None, b"".join, writer.parts())
-        joined.add_done_callback(lambda done: self._take_snapshot(writer, done.result()))
-
-    def _take_snapshot(self, writer: snapshot.SnapshotWriter, data: bytes) -> None:
-        if self._writer is not writer or self.halted.done():
-            return
-        self._writer = None
+    def _take_snapshot(self, index: int, data: bytes) -> None:
         keep = self._config.snapshot_entries // KEEP_ONE_IN
-        self._core.snapshot_taken(writer.index, data, keep)
+        self._core.snapshot_taken(index, data, keep)
         self._metrics.snapshots += 1
-        log.info("snapshot at index %d, %d bytes", writer.index, len(data))
+        log.info("snapshot at index %d, %d bytes", index, len(data))
         self._wake()
 
     # --------------------------------------------------------------------------------------- notes
 
     def _note(self, note: Note) -> None:
+        self._reporter.noted(note)
         match note:
-            case ElectionStarted(term, pre_vote):
-                log.info("asking for %s in term %d", "pre-votes" if pre_vote else "votes", term)
             case WonElection():
-                self._on_won(note)
-            case SteppedDown(term, reason):
-                log.warning("no longer leader of term %d: %s", term, reason)
-                self._metrics.leaderships_lost += 1
+                self._record_members()
+            case SteppedDown():
                 if not self._leads:
                     self._clock.follow()
                 self._give_up_leadership()
-            case LeaderChanged(term, leader_id):
-                name = self._directory.name(leader_id) if leader_id is not None else None
-                log.info("term %d: %s", term, f"following {name}" if name else "no leader")
-                self._events.publish("leader", term=term, leader_id=name)
             case ConfigurationChanged(_, configuration):
                 self._follow_configuration(configuration)
             case ConfigurationCommitted(_, _, included):
                 if not included:
                     self.halt("this node was removed from the cluster", code=0)
-            case TransferEnded(target):
-                log.warning(
-                    "leadership was not handed over to %s in time", self._directory.name(target)
-                )
-            case Suspicious(sender, what):
-                log.error("ignored a message from peer %d: it %s", sender, what)
-
-    def _on_won(self, note: WonElection) -> None:
-        log.info("WON election for term %d with %d votes", note.term, note.votes)
-        log.info("starting heartbeats every %d ms", self._config.heartbeat_ms)
-        self._metrics.elections_won += 1
-        self._events.publish("elected", term=note.term, leader_id=self._config.node_id)
-        self._record_members()
+            case _:
+                pass
 
     def _give_up_leadership(self) -> None:
         self._desk.leadership_lost()
@@ -474,6 +466,8 @@ class Node:
     def not_ready_because(self) -> str | None:
         if self._stopping:
             return "The node is stopping"
+        if self._snapshots.reading:
+            return "The node is reading a snapshot"
         return "No leader" if self._core.leader_id is None else None
 
     async def stop(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 from lock_manager.api.errors import ApiError, NotLeader
 from lock_manager.api.events import EventHub
 from lock_manager.config import parse
+from lock_manager.core.locks import snapshot
 from lock_manager.core.locks.commands import (
     Acquire,
     Ask,
@@ -19,12 +20,25 @@ from lock_manager.core.locks.commands import (
     LeaderStarted,
     Release,
     decode_batch,
+    encode_batch,
 )
+from lock_manager.core.locks.machine import LockMachine
 from lock_manager.core.locks.replies import Acquired, Released, TimedOut
-from lock_manager.core.raft import Entry, EntryKind, Role
+from lock_manager.core.raft import (
+    Configuration,
+    Entry,
+    EntryKind,
+    HardState,
+    Member,
+    Persist,
+    Role,
+    Snapshot,
+)
 from lock_manager.metrics import Metrics
 from lock_manager.node import Node
 from lock_manager.storage import Owner, Store, StoreFailed
+
+OWNER = Owner("node1", 1, "127.0.0.1:7000", "127.0.0.1:8000")
 
 
 class NoLinks:
@@ -41,14 +55,14 @@ class Alone:
     def __init__(self, path: Path) -> None:
         flags = {
             "id": "node1",
-            "raft_addr": "127.0.0.1:7000",
-            "http_addr": "127.0.0.1:8000",
+            "raft_addr": OWNER.raft_addr,
+            "http_addr": OWNER.http_addr,
             "peers": "127.0.0.1:7000",
             "peer_http_addrs": "127.0.0.1:8000",
             "data_dir": str(path),
         }
-        config = parse([f"--{name}={value}" for name, value in flags.items()], {})
-        self.store = Store.open(path, Owner("node1", 1, flags["raft_addr"], flags["http_addr"]))
+        config = self.config = parse([f"--{name}={value}" for name, value in flags.items()], {})
+        self.store = Store.open(path, OWNER)
         self.node = Node(config, self.store, Metrics(), EventHub())
         self.batches: list[Batch] = []
         apply = self.node._apply
@@ -160,3 +174,67 @@ async def test_an_entry_that_cannot_be_applied_halts_the_node(alone: Alone) -> N
     code, why = await asyncio.wait_for(alone.node.halted, 20)
     assert code == 1
     assert "cannot go on" in why
+
+
+async def store_of(path: Path, machine: LockMachine) -> None:
+    """A store that holds nothing but a snapshot of the machine."""
+    members = Configuration((Member(node_id=1),))
+    taken = Snapshot(machine.applied_index, 1, members, snapshot.encode(machine))
+    done = asyncio.Event()
+    store = Store.open(path, OWNER)
+    store.start(lambda seq: done.set(), lambda error: None)
+    after = taken.index + 1
+    store.submit(
+        Persist(
+            seq=1,
+            hard_state=HardState(1, 1),
+            snapshot=taken,
+            truncate_from=after,
+            compact_to=taken.index,
+        )
+    )
+    await asyncio.wait_for(done.wait(), 20)
+    await store.close()
+
+
+async def test_a_large_snapshot_is_read_while_the_loop_goes_on_and_shows_only_when_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = LockMachine()
+    names = [f"lock-{i}" for i in range(5_000)]
+    machine.apply(1, Batch(1, [Acquire("ann", (Ask(name),)) for name in names]))
+    await store_of(tmp_path / "data", machine)
+    alone = Alone(tmp_path / "data")
+    monkeypatch.setattr("lock_manager.node.CATCH_UP_S", 0.0)  # one step a turn
+    alone.start()
+    turns = 0
+    while alone.node.status()["applied_index"] == 0:
+        assert alone.node.not_ready_because() is not None
+        shown, complete = alone.node.locks(10_000)
+        assert (shown, complete) == ([], True)
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns >= 5
+    assert len(alone.node.locks(10_000)[0]) == len(names)
+    await alone.leads()
+    granted = await alone.node.execute(Acquire("bob", (Ask("new"),)))
+    assert isinstance(granted, Acquired)
+    assert granted.fencing_token == len(names) + 1
+    await alone.node.stop()
+    await alone.store.close()
+
+
+async def test_a_long_log_is_applied_in_parts_and_answers_wait_for_theirs(
+    alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lock_manager.node.CATCH_UP_S", 0.0)  # one entry a turn
+    alone.start()
+    await alone.leads()
+    node = alone.node
+    stamps = [encode_batch(Batch(0)) for _ in range(50)]
+    node._core.propose(stamps)
+    before = node.status()["applied_index"]
+    answer = await node.execute(acquire("ann"))
+    assert isinstance(answer, Acquired)
+    await node.confirm_leadership()
+    assert node.status()["applied_index"] >= before + 51

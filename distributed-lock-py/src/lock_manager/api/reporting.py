@@ -1,8 +1,12 @@
-"""What the machine's outcomes mean for metrics and for whoever listens to /events."""
+"""What happened, told to the log, the metrics and whoever listens to /events."""
 
 from __future__ import annotations
 
+import logging
+
+from lock_manager.api.directory import Directory
 from lock_manager.api.events import EventHub
+from lock_manager.config import Config
 from lock_manager.core.locks.commands import Acquire, Batch, Command
 from lock_manager.core.locks.replies import (
     Acquired,
@@ -14,13 +18,54 @@ from lock_manager.core.locks.replies import (
     Reply,
     TimedOut,
 )
+from lock_manager.core.raft import (
+    ElectionStarted,
+    LeaderChanged,
+    Note,
+    SteppedDown,
+    Suspicious,
+    TransferEnded,
+    WonElection,
+)
 from lock_manager.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 
 class Reporter:
-    def __init__(self, metrics: Metrics, events: EventHub) -> None:
+    def __init__(
+        self, config: Config, metrics: Metrics, events: EventHub, directory: Directory
+    ) -> None:
+        self._config = config
         self._metrics = metrics
         self._events = events
+        self._directory = directory
+
+    def noted(self, note: Note) -> None:
+        """Something happened in Raft."""
+        match note:
+            case ElectionStarted(term, pre_vote):
+                log.info("asking for %s in term %d", "pre-votes" if pre_vote else "votes", term)
+            case WonElection(term, votes):
+                log.info("WON election for term %d with %d votes", term, votes)
+                log.info("starting heartbeats every %d ms", self._config.heartbeat_ms)
+                self._metrics.elections_won += 1
+                self._events.publish("elected", term=term, leader_id=self._config.node_id)
+            case SteppedDown(term, reason):
+                log.warning("no longer leader of term %d: %s", term, reason)
+                self._metrics.leaderships_lost += 1
+            case LeaderChanged(term, leader_id):
+                name = self._directory.name(leader_id) if leader_id is not None else None
+                log.info("term %d: %s", term, f"following {name}" if name else "no leader")
+                self._events.publish("leader", term=term, leader_id=name)
+            case TransferEnded(target):
+                log.warning(
+                    "leadership was not handed over to %s in time", self._directory.name(target)
+                )
+            case Suspicious(sender, what):
+                log.error("ignored a message from peer %d: it %s", sender, what)
+            case _:
+                pass
 
     def applied(self, batch: Batch, outcomes: Outcomes) -> None:
         """One log entry took effect on this node. (Counters differ between nodes only in what a

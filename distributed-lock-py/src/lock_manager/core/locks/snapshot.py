@@ -1,8 +1,9 @@
 """The whole machine as bytes and back. `restore(encode(m))` behaves like `m` for ever after.
 
-Encoding a million locks takes seconds, so a `SnapshotWriter` does it in small steps while the
-machine goes on. It sees the state of the moment when it was made: what may change meanwhile is
-either copied then (what is never much), or encoded just before it changes (locks).
+To encode a million locks takes seconds, and so does reading them, so both go in small steps. A
+`SnapshotWriter` works while the machine goes on. It sees the state of the moment when it was made:
+what may change meanwhile is either copied then (what is never much), or encoded just before it
+changes (locks). A `SnapshotReader` makes a new machine beside the present one.
 
 Rows name each other as the state does. What can be derived is not written: clients' indexes,
 loads, timers. Rows are ordered, because order is state here: holders by grant, queues by turn,
@@ -12,6 +13,7 @@ tickets by their last sign of life.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import msgspec
 
@@ -71,10 +73,10 @@ class _Snapshot(msgspec.Struct, frozen=True, array_like=True):
     token: int
     next_ticket: int
     epoch: int
-    locks: list[bytes]  # each a list of _LockRow
+    locks: list[memoryview]  # each a list of _LockRow
     waiters: list[_WaiterRow]
     tickets: list[_TicketRow]
-    requests: list[bytes]  # each a list of (forget at, key, Remembered)
+    requests: list[memoryview]  # each a list of (forget at, key, Remembered)
     sweeps: list[tuple[int, int]]
     lost: list[tuple[int, str, str]]
 
@@ -110,7 +112,7 @@ class SnapshotWriter:
             table.token,
             machine.next_ticket,
             machine.epoch,
-            self._lock_chunks,
+            [],  # locks: _lock_chunks
             [
                 _WaiterRow(w.waiter_id, w.client_id, w.asks, w.since_ms, w.ttl_ms, list(w.tickets))
                 for w in table.waiters.values()
@@ -119,7 +121,7 @@ class SnapshotWriter:
                 _TicketRow(t.ticket_id, t.waiter_id, t.request_key, t.due_ms, t.epoch)
                 for t in machine.tickets.values()
             ],
-            self._request_chunks,
+            [],  # requests: _request_chunks
             list(machine.sweeps),
             [row for row in machine.lost if _still_lost(machine, row)],
         )
@@ -161,14 +163,14 @@ class SnapshotWriter:
         """The same in pieces: joined, they are `_Snapshot` in MessagePack. To copy all of it takes
         long enough to be done elsewhere."""
         parts = [_array_header(len(_Snapshot.__struct_fields__))]
+        chunked = {"locks": self._lock_chunks, "requests": self._request_chunks}
         for name in _Snapshot.__struct_fields__:
-            value = getattr(self._rest, name)
-            if value is self._lock_chunks or value is self._request_chunks:
-                parts.append(_array_header(len(value)))
-                for chunk in value:
+            if name in chunked:
+                parts.append(_array_header(len(chunked[name])))
+                for chunk in chunked[name]:
                     parts += (b"\xc6" + len(chunk).to_bytes(4, "big"), chunk)  # bin 32
             else:
-                parts.append(_encoder.encode(value))
+                parts.append(_encoder.encode(getattr(self._rest, name)))
         return parts
 
 
@@ -185,15 +187,77 @@ def encode(machine: LockMachine) -> bytes:
     return writer.data()
 
 
-def restore(data: bytes) -> LockMachine:
-    """Raises SnapshotError if `data` cannot be one; a node with such a store must not start."""
-    try:
+class SnapshotReader:
+    """`while reader.step(): ...` and then `reader.machine`, which is of no use before."""
+
+    def __init__(self, data: bytes) -> None:
+        """Raises SnapshotError, as `step` does, if `data` cannot be one."""
+        self.machine = LockMachine()
+        self._steps = self._rebuild(data)
+
+    def step(self) -> bool:
+        """Rebuild some rows; False when all are there."""
+        try:
+            return next(self._steps, False)
+        except (msgspec.DecodeError, KeyError) as e:
+            raise SnapshotError(f"not a snapshot of the lock machine: {e}") from e
+
+    def _rebuild(self, data: bytes) -> Iterator[bool]:
         rows = _decoder.decode(data)
         if rows.format != FORMAT:
             raise SnapshotError(f"snapshot of format {rows.format}, expected {FORMAT}")
-        return _rebuild(rows)
-    except (msgspec.DecodeError, KeyError) as e:
-        raise SnapshotError(f"not a snapshot of the lock machine: {e}") from e
+        machine, table = self.machine, self.machine.table
+        machine.applied_index = rows.applied_index
+        machine.next_ticket, machine.epoch = rows.next_ticket, rows.epoch
+        table.now_ms, table.token = rows.now_ms, rows.token
+        for w in rows.waiters:
+            table.waiters[w.waiter_id] = Waiter(
+                w.waiter_id, w.client_id, w.asks, w.since_ms, w.ttl_ms, dict.fromkeys(w.tickets)
+            )
+        for chunk in rows.locks:
+            for row in _lock_rows.decode(chunk):
+                _rebuild_lock(machine, row)
+            yield True
+        for waiter in table.waiters.values():
+            client = table.client(waiter.client_id)
+            client.waits = client.waits or {}
+            client.waits.update({ask.lock_name: waiter for ask in waiter.asks})
+        for t in rows.tickets:
+            ticket = Ticket(t.ticket_id, t.waiter_id, t.request_key, t.due_ms, t.epoch)
+            machine.tickets[t.ticket_id] = ticket
+            machine.deadlines.watch(ticket)
+        for chunk in rows.requests:
+            machine.requests.load(_request_rows.decode(chunk))
+            yield True
+        machine.sweeps.extend(rows.sweeps)
+        for until, client_id, lock_name in rows.lost:
+            client = table.client(client_id)
+            client.lost = client.lost or {}
+            client.lost[lock_name] = until
+            machine.lost.append((until, client_id, lock_name))
+
+
+def restore(data: bytes) -> LockMachine:
+    """The whole machine at once. Raises SnapshotError if `data` cannot be one; a node with such a
+    store must not start."""
+    reader = SnapshotReader(data)
+    while reader.step():
+        pass
+    return reader.machine
+
+
+def scrap(machine: LockMachine) -> Iterator[None]:
+    """Take a machine that nobody needs any more to pieces: to free a million locks at once would
+    stop the process for a third of a second."""
+    table = machine.table
+    while table.locks:
+        for _ in range(min(STEP_ROWS, len(table.locks))):
+            _, lock = table.locks.popitem()
+            for hold in lock.each_hold():
+                table.clients[hold.client_id].remove(hold)
+        yield
+    while table.ends.scrap(STEP_ROWS):
+        yield
 
 
 def _lock_row(lock: Lock) -> _LockRow:
@@ -211,38 +275,6 @@ def _still_lost(machine: LockMachine, row: tuple[int, str, str]) -> bool:
     until, client_id, lock_name = row
     client = machine.table.clients.get(client_id)
     return client is not None and (client.lost or {}).get(lock_name) == until
-
-
-def _rebuild(rows: _Snapshot) -> LockMachine:
-    machine = LockMachine()
-    table = machine.table
-    machine.applied_index = rows.applied_index
-    machine.next_ticket, machine.epoch = rows.next_ticket, rows.epoch
-    table.now_ms, table.token = rows.now_ms, rows.token
-    for w in rows.waiters:
-        table.waiters[w.waiter_id] = Waiter(
-            w.waiter_id, w.client_id, w.asks, w.since_ms, w.ttl_ms, dict.fromkeys(w.tickets)
-        )
-    for chunk in rows.locks:
-        for row in _lock_rows.decode(chunk):
-            _rebuild_lock(machine, row)
-    for waiter in table.waiters.values():
-        client = table.client(waiter.client_id)
-        client.waits = client.waits or {}
-        client.waits.update({ask.lock_name: waiter for ask in waiter.asks})
-    for t in rows.tickets:
-        ticket = Ticket(t.ticket_id, t.waiter_id, t.request_key, t.due_ms, t.epoch)
-        machine.tickets[t.ticket_id] = ticket
-        machine.deadlines.watch(ticket)
-    for requests in rows.requests:
-        machine.requests.load(_request_rows.decode(requests))
-    machine.sweeps.extend(rows.sweeps)
-    for until, client_id, lock_name in rows.lost:
-        client = table.client(client_id)
-        client.lost = client.lost or {}
-        client.lost[lock_name] = until
-        machine.lost.append((until, client_id, lock_name))
-    return machine
 
 
 def _rebuild_lock(machine: LockMachine, row: _LockRow) -> None:
@@ -278,6 +310,6 @@ def _rebuild_places(
     places: OrderedDict[int, Place] = OrderedDict()
     for waiter_id in waiter_ids:
         waiter = machine.table.waiters[waiter_id]
-        ask = next(ask for ask in waiter.asks if ask.lock_name == lock.name)
-        places[waiter_id] = Place(waiter, weight_of(ask))
+        asks = {ask.lock_name: ask for ask in waiter.asks}
+        places[waiter_id] = Place(waiter, weight_of(asks[lock.name]))
     return places or None

@@ -85,6 +85,11 @@ class Timers(Generic[T]):
                 item.timer_ms = 0
         return None
 
+    def scrap(self, most: int) -> bool:
+        """Throw some entries away, whatever they are; whether there are any left."""
+        del self._heap[-most:]
+        return bool(self._heap)
+
     def _bury(self) -> None:
         self._dead += 1
         if self._dead > _FEW and self._dead > len(self._heap) // 2:
