@@ -56,8 +56,7 @@ def check_owners(nodes: Iterable[tuple[Replicator, int]]) -> None:
 class Ledger:
     """All that was ever committed, seen from outside the cluster."""
 
-    def __init__(self, majority: int) -> None:
-        self._majority = majority
+    def __init__(self) -> None:
         self._entries: dict[tuple[int, int, int], Entry] = {}
         self._puts: dict[int, DotSet] = {}
         self._acked: dict[int, Intervals] = {}
@@ -81,17 +80,21 @@ class Ledger:
         first: int,
         upto: int,
         durable: Mapping[int, Sequence[PartitionState]],
+        groups: Sequence[Sequence[int]],
     ) -> None:
-        """An owner says that first..upto are committed; ``durable``: what each replica's disk holds
-        as of its last completed sync (and what it held before it rotted: a majority had it)."""
+        """An owner says that first..upto are committed; ``durable``: what each node's disk holds as
+        of its last completed sync (and what it held before it rotted: a majority had it);
+        ``groups``: the replica sets that each need a majority."""
         span = (epoch, first, upto)
-        copies = sum(
-            any(state.records.context.within(span) == (span,) for state in states)
-            for states in durable.values()
-        )
-        assert copies >= self._majority, (
-            f"partition {partition}: {span} committed with {copies} durable copies"
-        )
+        have = {
+            node
+            for node, states in durable.items()
+            if any(state.records.context.within(span) == (span,) for state in states)
+        }
+        for group in groups:
+            assert sum(node in have for node in group) > len(group) // 2, (
+                f"partition {partition}: {span} committed, durable on {have} of {group} only"
+            )
         self._committed.setdefault(partition, Intervals()).add(*span)
         for seq in range(first, upto + 1):
             match self._entries[partition, epoch, seq]:

@@ -76,7 +76,7 @@ class Cluster:
             (a, b): deque() for a in range(self.n) for b in range(self.n) if a != b
         }
         self.cuts: set[tuple[int, int]] = set()
-        self.ledger = Ledger(self.n // 2 + 1)
+        self.ledger = Ledger()
         self.dots: dict[str, tuple[int, int]] = {}
         self.pending: dict[str, tuple[int, int, int]] = {}  # what -> (node, epoch, seq)
         self.outcome: dict[str, str] = {}
@@ -140,7 +140,7 @@ class Cluster:
         first = self.marks[epoch] + 1
         self.marks[epoch] = upto
         durable = {k: [replay(n.log[: n.synced])] for k, n in enumerate(self.nodes)}
-        self.ledger.committed(P, epoch, first, upto, durable)
+        self.ledger.committed(P, epoch, first, upto, durable, (range(self.n),))
         for what, (owner, of, seq) in list(self.pending.items()):
             if owner == i and of == epoch and seq <= upto:
                 self.outcome[what] = "ok"

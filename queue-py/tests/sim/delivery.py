@@ -138,7 +138,6 @@ class DeliveryNode(SimNode):
             return
         record = outcome.effects.persist[0]
         assert isinstance(record, AppendRecord)
-        self.harness.ledger.proposed(partition, outcome.epoch, record.entries)
         owner.proposed(gathered, outcome.first, now_ms)
         self.run(outcome.effects)
 

@@ -12,6 +12,7 @@ from testkit.sim import many, run, seeds
 sys.path.insert(0, str(Path(__file__).parent))
 from delivery import DELIVERY
 from harness import CALM, DAMAGE, FAULTS, FIVE, WIPES
+from moving import CALM_MOVES, MOVES, MOVES_WIPES
 
 pytestmark = pytest.mark.sim
 
@@ -75,3 +76,34 @@ def test_the_delivery_machine_on_top_delivers_everything_and_nothing_twice_acked
         "deduped_retry": 1,
     }.items():
         coverage.require(name, times * len(seeds(12)) // 12)
+
+
+def test_nodes_come_and_go_while_it_serves() -> None:
+    coverage = many(CALM_MOVES, seeds(6))
+    runs = len(seeds(6))
+    for name, times in {"join_finished": 10, "leave_finished": 6, "dismissed": 12}.items():
+        coverage.require(name, times * runs // 6)
+
+
+def test_a_changing_ring_loses_nothing_whoever_fails_in_the_middle() -> None:
+    coverage = many(MOVES, seeds(14))
+    for name, times in {
+        "join_finished": 200,
+        "leave_finished": 120,
+        "join_turned_round_started": 1,
+        "leave_turned_round_started": 4,
+        "owner_killed_in_a_move": 50,
+        "coordinator_elected_during_a_change": 200,
+        "elected_during_a_change": 800,
+        "fault_crash": 60,
+        "fault_pause": 20,
+        "machine_reused": 50,
+        "settled": 800,
+    }.items():
+        coverage.require(name, times * len(seeds(14)) // 140)
+
+
+def test_a_changing_ring_survives_a_lost_disk() -> None:
+    coverage = many(MOVES_WIPES, seeds(6))
+    coverage.require("fault_wipe", len(seeds(6)) // 3)
+    coverage.require("join_finished", len(seeds(6)))

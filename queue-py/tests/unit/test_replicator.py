@@ -32,6 +32,7 @@ from message_queue.core.messages import (
     View,
     WithdrawRecord,
 )
+from message_queue.core.replication.config import NEVER_MS
 from message_queue.core.replication.contract import (
     Accepted,
     AckDraft,
@@ -77,11 +78,18 @@ class Bench:
         node: int = 1,
         now_ms: int = 1_000,
         fresh: bool = False,
+        genesis_ms: int = NEVER_MS,
     ) -> None:
         self.now_ms = now_ms
         self.core = Replicator(
             ReplicationConfig(
-                node=node, nodes=3, incarnation=10, preference=((0, 1, 2),), seed=1, fresh=fresh
+                node=node,
+                nodes=3,
+                incarnation=10,
+                preference=((0, 1, 2),),
+                seed=1,
+                fresh=fresh,
+                genesis_ms=genesis_ms,
             ),
             {} if state is None else {P: state},
             0,
@@ -259,8 +267,17 @@ def test_a_blank_node_among_members_claims_nothing() -> None:
     assert not bench.last.persist, "one member and a blank node are no majority"
 
 
-def test_two_blank_nodes_found_a_cluster_only_after_waiting_for_the_third() -> None:
+def test_two_blank_nodes_never_found_a_cluster_without_the_third() -> None:
     bench = Bench(fresh=True)
+    for _ in range(3):
+        bench.later(60_000)
+        bench.stand()
+        bench.hear(0, CanvassAnswer(P, 0, True, 0, Standing.BLANK))
+        assert not bench.last.persist
+
+
+def test_told_to_found_with_a_majority_two_blank_nodes_first_wait_for_the_third() -> None:
+    bench = Bench(fresh=True, genesis_ms=3_000)
     bench.stand()
     bench.hear(0, CanvassAnswer(P, 0, True, 0, Standing.BLANK))
     assert not bench.last.persist

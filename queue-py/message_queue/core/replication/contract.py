@@ -18,6 +18,10 @@ from message_queue.core.replication.drafts import NotOwner as NotOwner
 from message_queue.core.replication.drafts import PutDraft as PutDraft
 from message_queue.core.replication.drafts import SetDraft as SetDraft
 from message_queue.core.replication.effects import Effects, Read
+from message_queue.core.replication.governor import Changed as Changed
+from message_queue.core.replication.governor import Join as Join
+from message_queue.core.replication.governor import Leave as Leave
+from message_queue.core.replication.governor import RingAnswer as RingAnswer
 from message_queue.core.replication.state import PartitionState
 
 
@@ -66,6 +70,14 @@ class Replication(Protocol):
         """The delivery machine's leases, passed to the other replicas. Call at heartbeat pace, when
         changed.
         """
+
+    def change_ring(self, asked: Join | Leave, now_ms: int) -> RingAnswer:
+        """Take a change of the ring in. It is in force when ``ring.version`` has reached that of
+        ``Changed``, and over when it names nobody who joins or leaves."""
+
+    def paused(self, partition: int, soft: bytes | None, now_ms: int) -> Effects:
+        """The answer to ``Effects.pausing``: the leases, None if unchanged since the last
+        ``soft``."""
 
     def yield_all(self, now_ms: int) -> Effects:
         """SIGTERM: hand everything over. Done when ``owned()`` is empty (or 2 s have passed)."""

@@ -9,7 +9,10 @@ contract.
        ``durable``.
     3. ``reads``: bodies to fetch from storage; they come back by ``Replicator.bodies_read``.
     4. ``committed`` before ``lost`` before ``gained``: first answer, then stop, then start.
-    5. ``forget``: these dots are dead. The log may drop them from its index at once; they are safe
+    5. ``pausing``: these partitions are about to be handed over, and nothing is delivered any more:
+       tell the leases as they stand (``Replicator.soft``), however many they are.
+    6. ``ring``: another ring is in force; keep it, and dial whom it names.
+    7. ``forget``: these dots are dead. The log may drop them from its index at once; they are safe
        to reclaim from disk only after a checkpoint is durable (see ``PartitionState.checkpoint``).
 
 A failed write or fsync ends the node: the core is never told that something was not durable.
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 from msgspec import Struct, field
 
-from message_queue.core.messages import LogRecord, PeerMessage, Spans
+from message_queue.core.messages import LogRecord, Membership, PeerMessage, Spans
 
 
 class Read(Struct, frozen=True):
@@ -82,5 +85,7 @@ class Effects(Struct):
     committed: list[Committed] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
     gained: list[Gained] = field(default_factory=list)
+    pausing: list[int] = field(default_factory=list)
+    ring: Membership | None = None
     forget: list[tuple[int, Spans]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)

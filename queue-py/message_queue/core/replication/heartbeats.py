@@ -6,6 +6,7 @@ from message_queue.core.messages import (
     Heartbeat,
     HeartbeatAnswer,
     PromiseRecord,
+    RingNews,
     Standing,
     owner_of,
 )
@@ -41,20 +42,57 @@ class Heartbeats:
         """One round. Takeovers in progress are named as well: their leases run too."""
         owned: list[tuple[int, int]] = []
         claimed: list[tuple[int, int]] = []
+        moving: list[int] = []
         for partition, seat in self._seats.items():
             if seat.tenure is not None:
                 owned.append((partition, seat.tenure.epoch))
+                if not self._in_place(partition, seat):
+                    moving.append(partition)
             elif seat.takeover is not None and seat.takeover.epoch:
                 takeover = seat.takeover
                 (owned if takeover.elected else claimed).append((partition, takeover.epoch))
-        owns, claims = tuple(owned), tuple(claimed)
+                if takeover.elected:
+                    moving.append(partition)
+        owns, claims, away = tuple(owned), tuple(claimed), tuple(moving)
         named = owns + claims
         desk = self._desk
+        version = desk.ring.version
+        self._placed(owns, away, version)
         desk.beat += 1
         for node, peer in self._peers.items():
-            beat = Heartbeat(desk.beat, peer.incarnation, self._clock.ms, owns, claims)
+            beat = Heartbeat(
+                desk.beat, peer.incarnation, self._clock.ms, owns, claims, version, away
+            )
             peer.sent(desk.beat, named, now_ms)
             desk.send(node, beat)
+
+    def _in_place(self, partition: int, seat: Seat) -> bool:
+        tenure = seat.tenure
+        return (
+            tenure is not None
+            and tenure.in_place
+            and set(tenure.quorum.replicas) == set(self._desk.preference[partition])
+        )
+
+    def _placed(
+        self, owned: tuple[tuple[int, int], ...], moving: tuple[int, ...], version: int
+    ) -> None:
+        """An owner says which of its partitions are where that ring wants them. What is in place
+        stays there until the next ring, whoever owns it."""
+        desk = self._desk
+        if version != desk.ring.version:
+            return
+        for partition, _ in owned:
+            if partition not in moving and desk.in_place.get(partition) != version:
+                desk.in_place[partition] = version
+                if partition in desk.moved:
+                    done, total = desk.progress()
+                    desk.note("ring_moved", partition, version, f"{done}/{total}")
+
+    def news(self, peer: int, version: int) -> None:
+        """Tells a peer about the ring if what it knows is older."""
+        if 0 < version < self._desk.ring.version:
+            self._desk.send(peer, RingNews(self._desk.ring))
 
     def heard(self, sender: int, message: Heartbeat, now_ms: int) -> None:
         """A peer's round: renew what it owns, unless something newer was promised."""
@@ -73,6 +111,9 @@ class Heartbeats:
         self._clock.hear(message.cluster_ms)
         refused: list[tuple[int, int, int]] = []
         named = dict(message.owned + message.claimed)
+        peer.ring = message.ring
+        self.news(sender, message.ring)
+        self._placed(message.owned, message.moving, message.ring)
         for partition, epoch in message.owned:
             known, heard_ms = self.routes.get(partition, (0, 0))
             if known <= epoch or now_ms - heard_ms > desk.config.patience_ms:
@@ -81,6 +122,8 @@ class Heartbeats:
             if seat is None:
                 continue
             seat.seen = max(seat.seen, epoch)
+            if not self._concerned(seat, epoch):
+                continue
             if not self._renew(seat, epoch, message.beat, now_ms):
                 refused.append((partition, epoch, seat.state.promised))
         for partition, epoch in message.claimed:
@@ -94,17 +137,25 @@ class Heartbeats:
             self._released(sender, named, message.beat, now_ms)
         desk.send(
             sender,
-            HeartbeatAnswer(message.beat, peer.incarnation, self._clock.ms, tuple(refused)),
+            HeartbeatAnswer(
+                message.beat, peer.incarnation, self._clock.ms, tuple(refused), desk.ring.version
+            ),
+        )
+
+    def _concerned(self, seat: Seat, epoch: int) -> bool:
+        """This node is a replica, or is learning to be one. Others only take note."""
+        state, me = seat.state, self._desk.me
+        return me in self._desk.quorum(state).nodes or (
+            state.standing is Standing.MEMBER and state.sealed == epoch
         )
 
     def _not_a_founder(self) -> None:
         """A peer knows an earlier life of this node, whose disk is empty: it lost it."""
-        config = self._desk.config
         for partition, seat in self._seats.items():
             if seat.state.standing is Standing.BLANK:
                 promised = seat.state.promised
                 self._desk.persist(
-                    PromiseRecord(partition, promised, config.ring, True), seat.state
+                    PromiseRecord(partition, promised, self._desk.ring.version, True), seat.state
                 )
                 self._desk.note("disk_lost", partition, promised)
 
@@ -118,7 +169,9 @@ class Heartbeats:
         if epoch > state.promised:
             # Elected without this node. Following it is a promise like any other: durable first, so
             # the lease is renewed at a later heartbeat.
-            self._desk.persist(PromiseRecord(state.partition, epoch, config.ring, True), state)
+            self._desk.persist(
+                PromiseRecord(state.partition, epoch, self._desk.ring.version, True), state
+            )
             seat.promise_batch = self._desk.batch
             return False
         if seat.promise_batch > self._desk.durable:
@@ -130,7 +183,6 @@ class Heartbeats:
 
     def _released(self, sender: int, named: dict[int, int], beat: int, now_ms: int) -> None:
         """What a live node no longer names, it does not own: epochs are never resumed."""
-        config = self._desk.config
         for partition, seat in self._seats.items():
             epoch = seat.lease_epoch
             if (
@@ -141,13 +193,14 @@ class Heartbeats:
             ):
                 if now_ms < seat.lease_until_ms:
                     # It stepped back without a word: whoever stands next need not wait.
-                    rank = config.replicas(partition).index(config.node)
+                    rank = self._desk.rank(seat.state)
                     seat.elect_ms = min(seat.elect_ms, now_ms + (rank + 1) * STAGGER_MS)
                 seat.release()
 
     def answered(self, sender: int, message: HeartbeatAnswer, now_ms: int) -> None:
         """A peer renewed the leases of a round, counted from when the round was sent."""
         self._clock.hear(message.cluster_ms)
+        self.news(sender, message.ring)
         renewed = self._peers[sender].answered(message)
         if renewed is None or message.heard != self._desk.config.incarnation:
             return

@@ -21,6 +21,7 @@ from message_queue.core.replication.desk import Desk
 from message_queue.core.replication.dots import DotSet
 from message_queue.core.replication.fetch import Fetch
 from message_queue.core.replication.intervals import Intervals
+from message_queue.core.replication.quorum import Quorum
 from message_queue.core.replication.state import PartitionState
 
 
@@ -78,15 +79,25 @@ class Install:
     def _inquire(self) -> None:
         if self._trusted:
             return
-        for peer in self._desk.config.others(self._state.partition):
+        for peer in self._deciders().others(self._desk.me):
             if peer not in self._attested:
                 self._desk.send(peer, Inquire(self._state.partition, self._nonce))
+
+    def _deciders(self) -> Quorum:
+        """The replicas that the seal names. An election by others than these needs a majority of
+        them first, so the same witnesses know of it."""
+        view = self._seal.view
+        if view.replicas:
+            return Quorum(view.replicas)
+        return self._desk.unnamed(self._state.partition)
 
     @property
     def _trusted(self) -> bool:
         if self._consented or self._state.standing is Standing.MEMBER:
             return True
-        return len(self._attested) >= self._desk.config.witnesses(self._state.partition)
+        deciders = self._deciders()
+        known = sum(node in self._attested for node in deciders.others(self._desk.me))
+        return known >= deciders.witnesses
 
     def attested(self, peer: int, message: Attest) -> bool:
         """False: a higher promise exists, this seal is not the last word."""

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from message_queue.core.messages import (
+    RING_PARTITION,
     CanvassAnswer,
     Copies,
     Promise,
@@ -30,7 +31,7 @@ from message_queue.core.replication.heartbeats import STAGGER_MS
 from message_queue.core.replication.peers import Peer
 from message_queue.core.replication.replica import Replica
 from message_queue.core.replication.seat import Seat
-from message_queue.core.replication.takeover import Phase, Takeover
+from message_queue.core.replication.takeover import Founding, Phase, Takeover
 from message_queue.core.replication.tenure import Tenure
 
 YIELD_TIMEOUT_MS = 1_000
@@ -95,7 +96,7 @@ class Offices:
 
     def canvassed(self, seat: Seat, sender: int, message: CanvassAnswer, now_ms: int) -> None:
         if seat.takeover is not None:
-            seat.takeover.canvassed(sender, message, now_ms, self._genesis(now_ms))
+            seat.takeover.canvassed(sender, message, now_ms, self._founding(now_ms))
             self._proceed(seat, now_ms)
 
     def promised(self, seat: Seat, sender: int, message: Promise, now_ms: int) -> None:
@@ -103,29 +104,45 @@ class Offices:
             seat.takeover.promised(sender, message, now_ms)
             self._proceed(seat, now_ms)
 
-    def _is_up(self, node: int, now_ms: int) -> bool:
-        return self.peers[node].alive(now_ms, self.config.lease_ms)
+    def is_up(self, node: int, now_ms: int) -> bool:
+        peer = self.peers.get(node)
+        return peer is not None and peer.alive(now_ms, self.config.lease_ms)
 
     def stagger(self, seat: Seat) -> int:
         """Better owners stand earlier."""
-        rank = self.config.replicas(seat.state.partition).index(self.config.node)
-        return rank * STAGGER_MS + self._desk.chance.below(STAGGER_MS // 2)
+        return self._desk.rank(seat.state) * STAGGER_MS + self._desk.chance.below(STAGGER_MS // 2)
 
-    def _genesis(self, now_ms: int) -> bool:
-        return now_ms - self._born_ms >= self.config.genesis_ms
+    def _founding(self, now_ms: int) -> Founding:
+        """Whether a partition of which nobody shows a seal may be made now. All nodes have to be
+        there and to know of no later ring: only then is it sure that it never existed."""
+        if self._desk.ring.version > 1:
+            return Founding.NEVER
+        if now_ms - self._born_ms >= self.config.genesis_ms:
+            return Founding.MAJORITY
+        if RING_PARTITION not in self.seats:
+            return Founding.ALL
+        if all(peer.hears_me and peer.ring == 1 for peer in self.peers.values()):
+            return Founding.ALL
+        return Founding.NEVER
 
     # -- becoming the owner ----------------------------------------------------------------------
 
     def _stand(self, seat: Seat, now_ms: int) -> None:
         """Stands for election, unless another node's lease runs."""
+        called, target = seat.called, seat.target
+        seat.called, seat.target = False, ()
         if self.leaving or seat.leased_to_other(self.config.node, now_ms):
             return
+        deciders = target or self._desk.quorum(seat.state).replicas
+        if self.config.node not in deciders:
+            seat.elect_ms = now_ms + self.config.patience_ms
+            return
         install = seat.install
-        if install is not None and self._is_up(owner_of(install.epoch), now_ms):
+        if install is not None and self.is_up(owner_of(install.epoch), now_ms):
             return
         seat.install = None
-        seat.takeover = Takeover(self._desk, seat.state, seat.seen, now_ms)
-        seat.takeover.begin(now_ms, self._genesis(now_ms))
+        seat.takeover = Takeover(self._desk, seat.state, seat.seen, now_ms, target, called=called)
+        seat.takeover.begin(now_ms, self._founding(now_ms))
         self._proceed(seat, now_ms)
 
     def _proceed(self, seat: Seat, now_ms: int) -> None:
@@ -147,8 +164,9 @@ class Offices:
         desk, state, epoch = self._desk, seat.state, takeover.epoch
         seat.takeover = None
         seat.install = None
-        view = takeover.records.view(epoch, takeover.origin)
-        desk.persist(SealRecord(state.partition, epoch, self.config.ring, view), state)
+        quorum = takeover.config
+        view = takeover.records.view(epoch, takeover.origin, quorum.replicas, quorum.before)
+        desk.persist(SealRecord(state.partition, epoch, desk.ring.version, view), state)
         renewed = {peer: takeover.claimed_ms[peer] for peer in takeover.grantors}
         tenure = Tenure(desk, state, epoch, renewed, now_ms)
         tenure.soft = seat.soft
@@ -242,8 +260,14 @@ class Offices:
             self._desk.fx.lost.append(Lost(seat.state.partition, tenure.epoch, clean))
         self._desk.note("owner_lost", seat.state.partition, tenure.epoch)
 
-    def start_yield(self, tenure: Tenure, to: int, now_ms: int) -> None:
+    def start_yield(
+        self, tenure: Tenure, to: int, now_ms: int, target: tuple[int, ...] = ()
+    ) -> None:
+        """From here on nothing is delivered or taken in; ``_finish_yield`` does the rest."""
         tenure.yield_to = to
+        tenure.target = target
+        tenure.told = not self.config.pauses
+        self._desk.fx.pausing.append(tenure.partition)
         tenure.yield_until_ms = now_ms + YIELD_TIMEOUT_MS
 
     def _finish_yield(self, seat: Seat, tenure: Tenure, now_ms: int) -> None:
@@ -251,19 +275,29 @@ class Offices:
         to = tenure.yield_to
         if to is None or not tenure.idle or not tenure.serving:
             return
+        if not tenure.told and now_ms < tenure.yield_until_ms:
+            return
         if any(c.partition == tenure.partition for c in self._desk.fx.committed):
             return  # in a step of its own, so that nobody has to ask which came first
         if to != self.config.node and not tenure.up_to_date(to) and now_ms < tenure.yield_until_ms:
             return
         self._desk.note("yielded", seat.state.partition, tenure.epoch, f"to {to}")
+        word = Yield(seat.state.partition, tenure.epoch, to, tenure.soft, tenure.target)
         for peer in tenure.followers:
-            self._desk.send(peer, Yield(seat.state.partition, tenure.epoch, to, tenure.soft))
+            self._desk.send(peer, word)
         seat.soft, seat.soft_epoch = tenure.soft, tenure.epoch
         seat.seen = max(seat.seen, tenure.outbid)
         self._end_tenure(seat, now_ms, clean=True)
         if to == self.config.node:
             seat.elect_ms = now_ms
+            seat.called, seat.target = True, tenure.target
             self._stand(seat, now_ms)
+
+    def told(self, seat: Seat, now_ms: int) -> None:
+        """The leases as they stood when deliveries ended were passed on."""
+        if seat.tenure is not None and seat.tenure.yield_to is not None:
+            seat.tenure.told = True
+            self._finish_yield(seat, seat.tenure, now_ms)
 
     def yield_all(self, now_ms: int) -> None:
         """SIGTERM: each partition goes to a replica that is up to date, if there is one."""
@@ -273,7 +307,9 @@ class Offices:
             tenure = seat.tenure
             if tenure is not None and tenure.yield_to is None:
                 others = [
-                    p for p in self.config.others(seat.state.partition) if self._is_up(p, now_ms)
+                    p
+                    for p in tenure.quorum.replicas
+                    if p != self.config.node and self.is_up(p, now_ms)
                 ]
                 ready = [p for p in others if tenure.up_to_date(p)]
                 target = next(iter(ready or others), self.config.node)
@@ -289,12 +325,14 @@ class Offices:
             tenure = seat.tenure
             if tenure is None or not tenure.serving or tenure.yield_to is not None:
                 continue
-            for node in self.config.replicas(partition):
+            for node in self._desk.ranked(partition, tenure.quorum.replicas):
                 if node == self.config.node:
                     break
-                peer = self.peers[node]
+                peer = self.peers.get(node)
                 if (
-                    self._is_up(node, now_ms)
+                    peer is not None
+                    and node in tenure.followers
+                    and self.is_up(node, now_ms)
                     and now_ms - peer.alive_since_ms >= self.config.prefer_ms
                     and tenure.followers[node].match >= tenure.committed
                 ):

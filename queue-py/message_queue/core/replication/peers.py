@@ -20,6 +20,7 @@ class Peer:
         "hears_me",
         "incarnation",
         "outlived",
+        "ring",
     )
 
     def __init__(self) -> None:
@@ -31,6 +32,8 @@ class Peer:
         self.alive_since_ms = 0
         self.hears_me = False
         """Its last heartbeat named this life of this node: it was sent after this node's start."""
+        self.ring = 0
+        """The version of its ring, as its last heartbeat said."""
         self.outlived = False
         """It knows a later life of this node, and does not listen to this one."""
         self.beats: dict[int, tuple[int, tuple[tuple[int, int], ...]]] = {}
@@ -50,6 +53,7 @@ class Peer:
         self.incarnation = incarnation
         self.beat = 0
         self.hears_me = False
+        self.ring = 0
         self.heard_ms = None
 
     def sent(self, beat: int, named: tuple[tuple[int, int], ...], now_ms: int) -> None:

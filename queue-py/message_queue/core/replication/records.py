@@ -11,7 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
-from message_queue.core.messages import Ack, Entry, Put, Set, Setting, Span, Spans, View
+from message_queue.core.messages import (
+    Ack,
+    Entry,
+    Put,
+    Set,
+    Setting,
+    Settled,
+    Span,
+    Spans,
+    View,
+)
 from message_queue.core.replication.dots import DotSet, joined
 from message_queue.core.replication.intervals import Intervals
 
@@ -34,13 +44,21 @@ class RecordSet:
         records.settings = {setting.key: setting for setting in view.settings}
         return records
 
-    def view(self, sealed: int, origin: int) -> View:
+    def view(
+        self,
+        sealed: int,
+        origin: int,
+        replicas: tuple[int, ...] = (),
+        before: tuple[int, ...] = (),
+    ) -> View:
         return View(
             sealed=sealed,
             origin=origin,
             context=self.context.spans(),
             held=self.held.chunks(),
             settings=tuple(sorted(self.settings.values(), key=lambda s: s.key)),
+            replicas=replicas,
+            before=before,
         )
 
     def apply(self, epoch: int, entry: Entry) -> Spans:
@@ -71,6 +89,9 @@ class RecordSet:
                     # An empty value stays until the next takeover, so that an earlier setting that
                     # comes later does not bring the key back.
                     self.settings[key] = Setting(epoch, seq, key, value)
+                return ()
+            case Settled(seq):
+                self.context.add(epoch, seq, seq)
                 return ()
             case _:
                 assert_never(entry)

@@ -15,6 +15,8 @@ from message_queue.core.messages import (
     Claim,
     Copies,
     Copy,
+    Dismiss,
+    DismissRecord,
     Inquire,
     Promise,
     PromiseRecord,
@@ -52,7 +54,16 @@ class Replica:
         )
         self._desk.send(
             sender,
-            CanvassAnswer(state.partition, message.epoch, granted, state.promised, state.standing),
+            CanvassAnswer(
+                state.partition,
+                message.epoch,
+                granted,
+                state.promised,
+                state.standing,
+                state.sealed,
+                state.replicas if state.sealed else (),
+                state.before,
+            ),
         )
 
     def claim(self, seat: Seat, sender: int, message: Claim, now_ms: int) -> bool:
@@ -182,9 +193,30 @@ class Replica:
 
     def yielded(self, seat: Seat, message: Yield, now_ms: int) -> None:
         """The owner steps back: the lease ends, and the one it names stands first."""
-        if message.epoch != seat.lease_epoch or message.epoch != seat.state.promised:
+        if message.epoch != seat.state.promised:
             return
-        seat.release()
+        if seat.lease_epoch == message.epoch:
+            seat.release()
+        elif message.to != self._desk.me:
+            return  # a learner may be the successor, though it gave no lease yet
         self.soft(seat, Soft(message.partition, message.epoch, message.soft))
-        grace = 0 if message.to == self._desk.config.node else YIELD_GRACE_MS
-        seat.elect_ms = now_ms + grace
+        if message.to == self._desk.me:
+            seat.elect_ms = now_ms
+            seat.called = True
+            seat.target = message.target
+        else:
+            seat.elect_ms = now_ms + YIELD_GRACE_MS
+
+    def dismissed(self, seat: Seat, sender: int, message: Dismiss) -> None:
+        """Others replicate the partition by now: what is here is not needed."""
+        state, me = seat.state, self._desk.me
+        if me in message.replicas or message.epoch < state.promised:
+            return
+        if state.standing is Standing.MEMBER or state.copied:
+            self._desk.persist(
+                DismissRecord(state.partition, message.epoch, message.ring, message.replicas),
+                state,
+            )
+            seat.promise_batch = self._desk.batch
+            seat.install = None
+            self._desk.note("dismissed", state.partition, message.epoch)

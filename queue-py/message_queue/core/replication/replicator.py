@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from message_queue.core.messages import (
+    RING_PARTITION,
     Append,
     Attest,
     Canvass,
@@ -25,13 +26,17 @@ from message_queue.core.messages import (
     ClockRecord,
     Copies,
     Copy,
+    Dismiss,
+    Farewell,
     Heartbeat,
     HeartbeatAnswer,
     Inquire,
+    Membership,
     PeerMessage,
     Promise,
     Pull,
     Refusal,
+    RingNews,
     Seal,
     Soft,
     Spans,
@@ -39,13 +44,22 @@ from message_queue.core.messages import (
     Yield,
     owner_of,
 )
+from message_queue.core.placement.membership import Declined, changing, nodes
 from message_queue.core.replication.clock import ClusterClock
 from message_queue.core.replication.config import ReplicationConfig
 from message_queue.core.replication.contract import Replication
 from message_queue.core.replication.desk import Answer, Desk, OwnPromise, OwnStored
 from message_queue.core.replication.drafts import Accepted, Draft, NotOwner
 from message_queue.core.replication.effects import Effects, Read
+from message_queue.core.replication.governor import (
+    Changed,
+    Governor,
+    Join,
+    Leave,
+    RingAnswer,
+)
 from message_queue.core.replication.heartbeats import Heartbeats
+from message_queue.core.replication.moves import Moves
 from message_queue.core.replication.offices import Offices
 from message_queue.core.replication.peers import Peer
 from message_queue.core.replication.replica import Replica
@@ -68,13 +82,13 @@ class Replicator(Replication):
     ) -> None:
         """``states``: what storage replayed (a partition without records may be left out);
         ``restored_ms``: the highest ``ClockRecord``, 0 if none."""
-        partitions = [p for p, nodes in enumerate(config.preference) if config.node in nodes]
-        for partition in partitions:
-            states.setdefault(partition, PartitionState(partition))
         self.config = config
         self._desk = Desk(config, states)
-        self.seats = {partition: Seat(states[partition]) for partition in partitions}
-        self.peers = {node: Peer() for node in range(config.nodes) if node != config.node}
+        for partition in self._desk.preference:
+            states.setdefault(partition, PartitionState(partition))
+        self.seats = {p: Seat(states[p]) for p in self._desk.preference}
+        """Of all partitions: a node may be asked to become a replica of any."""
+        self.peers = {node: Peer() for node in nodes(self._desk.ring) if node != config.node}
         self._clock = ClusterClock(restored_ms, now_ms)
         self._clock_kept_ms = restored_ms
         self._heartbeats = Heartbeats(self._desk, self.seats, self.peers, self._clock)
@@ -83,6 +97,8 @@ class Replicator(Replication):
         self._offices = Offices(
             self._desk, self.seats, self.peers, self._clock, self._replica, now_ms
         )
+        self._moves = Moves(self._desk, self.seats, self.peers, self._offices)
+        self._governor = Governor(self._desk, self.seats, self.peers, self._offices, self.owner)
         for seat in self.seats.values():
             seat.elect_ms = now_ms + 2 * self._offices.stagger(seat)
             if seat.state.promised:
@@ -128,6 +144,25 @@ class Replicator(Replication):
     def state(self, partition: int) -> PartitionState:
         return self._desk.states[partition]
 
+    @property
+    def ring(self) -> Membership:
+        """The latest that is known to be committed."""
+        return self._desk.ring
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Of the ring change under way: partitions moved, and to be moved."""
+        return self._desk.progress()
+
+    def replicas(self, partition: int) -> tuple[int, ...]:
+        """Who replicates a partition, best owner first: what its seal says if it is here, else
+        what the ring wants."""
+        seat = self.seats[partition]
+        quorum = self._desk.quorum(seat.state)
+        if seat.state.sealed and (self._desk.me in quorum.nodes or not changing(self.ring)):
+            return quorum.replicas
+        return self._desk.preference[partition]
+
     # -- steps -----------------------------------------------------------------------------------
 
     def tick(self, now_ms: int) -> Effects:
@@ -135,6 +170,9 @@ class Replicator(Replication):
         self._clock.advance(now_ms)
         self._heartbeats.tick(now_ms)
         self._offices.tick(now_ms)
+        self._moves.tick(self._heartbeats.routes, now_ms)
+        if RING_PARTITION in self.seats:
+            self._governor.tick(self.may_serve(RING_PARTITION, now_ms), now_ms)
         self._keep_clock()
         return self._end(fx, now_ms)
 
@@ -149,6 +187,8 @@ class Replicator(Replication):
             self._reborn(sender, peer, incarnation, now_ms)
         peer.hear(now_ms, self.config.patience_ms)
         for message in messages:
+            if sender not in self.peers:
+                break  # it has left, as one of these said
             if plausible(sender, message):
                 self._dispatch(sender, message, now_ms)
             else:
@@ -202,6 +242,24 @@ class Replicator(Replication):
         self._offices.withdraw(partition, lost, now_ms)
         return self._end(fx, now_ms)
 
+    def change_ring(self, asked: Join | Leave, now_ms: int) -> RingAnswer:
+        if RING_PARTITION not in self.seats or not self.may_serve(RING_PARTITION, now_ms):
+            owner = self.owner(RING_PARTITION)
+            return NotOwner(None if owner == self.config.node else owner)
+        fx = self._begin(now_ms)
+        answer = self._governor.change(asked, now_ms)
+        if isinstance(answer, Declined):
+            return answer
+        return Changed(answer.version, self._end(fx, now_ms))
+
+    def paused(self, partition: int, soft: bytes | None, now_ms: int) -> Effects:
+        fx = self._begin(now_ms)
+        seat = self.seats[partition]
+        if soft is not None and seat.tenure is not None:
+            seat.tenure.soft = soft
+        self._offices.told(seat, now_ms)
+        return self._end(fx, now_ms)
+
     def soft(self, partition: int, soft: bytes) -> Effects:
         fx = self._desk.begin()
         seat = self.seats.get(partition)
@@ -219,12 +277,14 @@ class Replicator(Replication):
     # -- inside a step ---------------------------------------------------------------------------
 
     def _begin(self, now_ms: int) -> Effects:
-        self._now_ms = max(now_ms, self._now_ms)
+        self._now_ms = self._desk.now_ms = max(now_ms, self._now_ms)
         return self._desk.begin()
 
     def _end(self, fx: Effects, now_ms: int) -> Effects:
         if self._desk.due:
             self._release(0, now_ms)
+        if fx.committed or fx.gained or fx.lost:
+            self._governor.after(fx)
         return fx
 
     def _release(self, batch: int, now_ms: int) -> None:
@@ -250,10 +310,14 @@ class Replicator(Replication):
             case HeartbeatAnswer():
                 self._heartbeats.answered(sender, message, now_ms)
                 return
+            case RingNews(ring):
+                if RING_PARTITION in self.seats:
+                    self._governor.adopt(ring)
+                return
             case _:
                 pass
         seat = self.seats.get(message.partition)
-        if seat is None or sender not in self.config.replicas(message.partition):
+        if seat is None or sender not in self.peers:
             return
         match message:
             case Append():
@@ -291,6 +355,10 @@ class Replicator(Replication):
                 self._replica.yielded(seat, message, now_ms)
             case Soft():
                 self._replica.soft(seat, message)
+            case Farewell():
+                self._moves.farewell(seat, sender)
+            case Dismiss():
+                self._replica.dismissed(seat, sender, message)
             case _:
                 assert_never(message)
 

@@ -19,6 +19,7 @@ class Seat:
     the tenure is about to end."""
 
     __slots__ = (
+        "called",
         "consented",
         "elect_ms",
         "install",
@@ -31,6 +32,7 @@ class Seat:
         "soft_epoch",
         "state",
         "takeover",
+        "target",
         "tenure",
     )
 
@@ -50,6 +52,10 @@ class Seat:
         """The highest promise of anybody, as far as known: the next claim must be above it."""
         self.consented = 0
         """The last epoch promised to a total claim in this life."""
+        self.called = False
+        """The last owner named this node as its successor,"""
+        self.target: tuple[int, ...] = ()
+        """and for these replicas; (): for the present ones."""
         self.soft = b""
         self.soft_epoch = 0
         self.promise_batch = 0

@@ -14,9 +14,11 @@ from message_queue.core.messages import (
     CheckpointRecord,
     ClockRecord,
     CopyRecord,
+    DismissRecord,
     LogRecord,
     PromiseRecord,
     SealRecord,
+    Settled,
     Span,
     Spans,
     Standing,
@@ -34,11 +36,13 @@ class PartitionState:
     """
 
     __slots__ = (
+        "before",
         "copied",
         "origin",
         "partition",
         "promised",
         "records",
+        "replicas",
         "ring",
         "sealed",
         "standing",
@@ -53,6 +57,9 @@ class PartitionState:
         self.sealed = 0
         """The epoch of the last seal installed here: older epochs are closed."""
         self.origin = 0
+        self.replicas: tuple[int, ...] = ()
+        """Who decides, as that seal says (``quorum``); (): whom the founding ring names."""
+        self.before: tuple[int, ...] = ()
         self.records = RecordSet()
         self.copied = DotSet()
         """Bodies fetched for a seal that is still to come. A copy is the same whoever asked for it:
@@ -64,7 +71,7 @@ class PartitionState:
         return self.records.held
 
     def view(self) -> View:
-        return self.records.view(self.sealed, self.origin)
+        return self.records.view(self.sealed, self.origin, self.replicas, self.before)
 
     def has_body(self, epoch: int, seq: int) -> bool:
         """The put is somewhere in this node's log, in force or copied: its body must be kept."""
@@ -84,6 +91,8 @@ class PartitionState:
                 if epoch == self.sealed:
                     for entry in entries:
                         gone.extend(self.records.apply(epoch, entry))
+                        if isinstance(entry, Settled):
+                            self.before = ()
                 return tuple(gone)
             case CopyRecord(_, _, copies):
                 for copy in copies:
@@ -110,9 +119,21 @@ class PartitionState:
                 self.standing = record.standing
                 self.sealed = record.view.sealed
                 self.origin = record.view.origin
+                self.replicas = record.view.replicas
+                self.before = record.view.before
                 self.records = RecordSet.of(record.view)
                 self.copied = DotSet.of(record.copied)
                 return before.minus(self.bodies()).spans()
+            case DismissRecord():
+                before = self.bodies()
+                self.promised = max(self.promised, record.epoch)
+                self.ring = max(self.ring, record.ring)
+                self.sealed = max(self.sealed, record.epoch)
+                self.replicas, self.before = record.replicas, ()
+                self.records = RecordSet()
+                self.copied = DotSet()
+                self.standing = Standing.DAMAGED
+                return before.spans()
             case ClockRecord():
                 return ()
             case _:
@@ -121,6 +142,9 @@ class PartitionState:
     def _seal(self, record: SealRecord) -> Spans:
         before = self.bodies()
         parts = [RecordSet.of(record.view)]
+        settled = record.epoch == self.sealed and self.replicas and not self.before
+        self.replicas = record.view.replicas
+        self.before = () if settled else record.view.before
         if record.epoch == self.sealed:
             parts.append(self.records)
         self.records = merged(parts)

@@ -1,9 +1,10 @@
 """Taking a partition over: canvass, claim, merge, fetch. What follows is a ``Tenure``.
 
 ```
- CANVASS ── enough would promise ──▶ CLAIM ── promises, durable ──▶ FETCH ── all bodies here ──▶
-seal ▲                                  │                              │ └────────── later, again
-◀─────────┴── refused, or out of time ◀──┘ ```
+ CANVASS ── enough would promise ──▶ CLAIM ── promises, durable ──▶ FETCH ── all here ──▶ seal
+     ▲                                 │                              │
+     └────────── later, again ◀────────┴─── refused, or out of time ◀─┘
+```
 
 The promises come with what each promiser has. Among those, only the latest seal counts: it was made
 from a majority's promises, so it contains whatever was committed before it, and a record of an
@@ -11,10 +12,15 @@ older epoch that it does not contain is void for ever (a refused produce must no
 its retry). Records under that seal are merged by union; read quorum and write quorum overlap, so
 every committed put and ack is among them. This is the view change of Viewstamped Replication
 (Liskov and Cowling 2012, §4.2) with a union of sets in place of the longest log.
+
+Whose promises are needed is written in the latest seal that anybody shows (``quorum``): a candidate
+with an outdated idea of it learns on the way, asks the others too, or finds that it is no replica
+any more. With a ``target`` the seal names new replicas, and a majority of those must promise too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 from message_queue.core.messages import (
@@ -30,11 +36,23 @@ from message_queue.core.messages import (
 from message_queue.core.replication.desk import Desk, OwnPromise
 from message_queue.core.replication.dots import DotSet
 from message_queue.core.replication.fetch import Fetch
+from message_queue.core.replication.quorum import Quorum
 from message_queue.core.replication.records import RecordSet, merged
 from message_queue.core.replication.state import PartitionState
 
 CLAIM_TIMEOUTS = 3
+EAGER_MS = 30
+"""A canvass that follows a hand-over is repeated: the word of it may come later than the canvass.
+"""
 FETCH_PATIENCE_MS = 5_000
+
+
+class Founding(Enum):
+    """What a partition without a seal, as far as can be seen, is taken for."""
+
+    NEVER = "never"  # lost, or out of sight
+    ALL = "all"  # new, if all replicas say so
+    MAJORITY = "majority"  # new, if a majority says so and nobody else
 
 
 class Phase(Enum):
@@ -50,18 +68,23 @@ class Takeover:
 
     __slots__ = (
         "_answers",
+        "_asked",
         "_asked_ms",
         "_began_ms",
+        "_called",
         "_desk",
         "_fetch",
         "_genesis",
+        "_latest",
         "_moved_ms",
         "_partition",
         "_promises",
         "_refusals",
         "_state",
+        "_target",
         "_total",
         "claimed_ms",
+        "config",
         "epoch",
         "origin",
         "phase",
@@ -69,8 +92,18 @@ class Takeover:
         "seen",
     )
 
-    def __init__(self, desk: Desk, state: PartitionState, seen: int, now_ms: int) -> None:
-        """``seen``: the highest promise known of anybody."""
+    def __init__(
+        self,
+        desk: Desk,
+        state: PartitionState,
+        seen: int,
+        now_ms: int,
+        target: tuple[int, ...] = (),
+        *,
+        called: bool = False,
+    ) -> None:
+        """``seen``: the highest promise known of anybody. ``target``: the replicas to hand over
+        to; (): those that there are. ``called``: the last owner named this node."""
         self._desk = desk
         self._state = state
         self._partition = state.partition
@@ -81,7 +114,14 @@ class Takeover:
         """When the claim was sent that a replica granted: its lease runs from there."""
         self.origin = 0
         self.records = RecordSet()
+        self._target = target
+        self._called = called
+        self._latest = 0
+        self.config = desk.quorum(state)
+        """Whose promises are needed, and who replicates the partition from the seal on."""
+        self._learn(state.sealed, self.config)
         self._answers: dict[int, CanvassAnswer] = {}
+        self._asked: set[int] = set()
         self._promises: dict[int, tuple[Standing, View]] = {}
         self._refusals: set[int] = set()
         self._total = False
@@ -93,38 +133,69 @@ class Takeover:
 
     # -- canvass ---------------------------------------------------------------------------------
 
-    def begin(self, now_ms: int, genesis: bool) -> None:
-        """``genesis``: this node has waited long enough for the others of a new cluster."""
-        for peer in self._desk.config.others(self._partition):
-            self._desk.send(peer, Canvass(self._partition, self.seen))
-        self._weigh(now_ms, genesis)
+    def begin(self, now_ms: int, founding: Founding) -> None:
+        if self.phase is Phase.CANVASS:
+            self._canvass()
+            self._weigh(now_ms, founding)
 
-    def canvassed(self, peer: int, answer: CanvassAnswer, now_ms: int, genesis: bool) -> None:
+    def _canvass(self) -> None:
+        for peer in self.config.others(self._desk.me):
+            if peer not in self._asked:
+                self._asked.add(peer)
+                self._desk.send(peer, Canvass(self._partition, self.seen))
+
+    def _learn(self, sealed: int, shown: Quorum) -> bool:
+        """Somebody's seal: the latest one says who decides. True if that is news."""
+        now = self.config
+        settled = now.before and not self._target and not shown.before
+        if not (sealed > self._latest or self._latest == 0 or (sealed == self._latest and settled)):
+            return False
+        decides = shown
+        self._latest = max(sealed, self._latest)
+        if decides.before or set(decides.replicas) == set(self._target):
+            self._target = ()
+        if self._target:
+            decides = Quorum(self._target, decides.replicas)
+        self.config = decides
+        if self._desk.me not in decides.replicas:
+            self.phase = Phase.FAILED  # others decide by now
+        return decides != now
+
+    def _shown(self, replicas: tuple[int, ...], before: tuple[int, ...]) -> Quorum:
+        if not replicas:
+            return self._desk.unnamed(self._partition)
+        return Quorum(self._desk.ranked(self._partition, replicas), before)
+
+    def canvassed(self, peer: int, answer: CanvassAnswer, now_ms: int, founding: Founding) -> None:
         if self.phase is Phase.CANVASS:
             self.seen = max(self.seen, answer.promised)
             self._answers[peer] = answer
-            self._weigh(now_ms, genesis)
+            shown = self._shown(answer.replicas, answer.before)
+            if answer.sealed and self._learn(answer.sealed, shown):
+                self._canvass()
+            if self._desk.me in self.config.replicas:
+                self._weigh(now_ms, founding)
 
-    def _weigh(self, now_ms: int, genesis: bool) -> None:
+    def _weigh(self, now_ms: int, founding: Founding) -> None:
         """Claims when a majority of members would promise. If too few members exist, all replicas
         must be there; and only a partition that nobody knows may be made by a majority of blanks.
         """
-        config = self._desk.config
         mine = self._state.standing
-        standings = [mine, *(a.standing for a in self._answers.values() if a.granted)]
-        members = standings.count(Standing.MEMBER)
-        majority = config.majority(self._partition)
-        if members >= majority:
+        granted = {self._desk.me: mine}
+        granted |= {node: a.standing for node, a in self._answers.items() if a.granted}
+        if self.config.enough(members_of(granted)):
             if mine is Standing.MEMBER:
                 self._claim(now_ms, total=False, genesis=False)
             return
-        if len(standings) == len(config.replicas(self._partition)):
+        if self._target or (self._latest == 0 and founding is Founding.NEVER):
+            return
+        if self.config.everybody(granted):
             self._claim(now_ms, total=True, genesis=False)
             return
-        blank = all(s is Standing.BLANK for s in standings) and all(
+        blank = mine is Standing.BLANK and all(
             a.standing is Standing.BLANK for a in self._answers.values()
         )
-        if genesis and blank and len(standings) >= majority:
+        if founding is Founding.MAJORITY and blank and self.config.enough(granted):
             self._claim(now_ms, total=True, genesis=True)
 
     # -- claim -----------------------------------------------------------------------------------
@@ -137,20 +208,20 @@ class Takeover:
         self.epoch = (self.seen // MAX_NODES + 1) * MAX_NODES + desk.config.node
         self._began_ms = now_ms
         desk.note("takeover_started", self._partition, self.epoch)
-        desk.persist(PromiseRecord(self._partition, self.epoch, desk.config.ring), self._state)
+        desk.persist(PromiseRecord(self._partition, self.epoch, desk.ring.version), self._state)
         desk.later(OwnPromise(self._partition, self.epoch))
         self._send_claims(now_ms)
 
     def _send_claims(self, now_ms: int) -> None:
         self._asked_ms = now_ms
         desk = self._desk
-        for peer in desk.config.others(self._partition):
+        for peer in self.config.others(desk.me):
             if peer not in self._promises:
                 # The earliest claim: which of several was granted is not known.
                 self.claimed_ms.setdefault(peer, now_ms)
                 desk.send(
                     peer,
-                    Claim(self._partition, self.epoch, desk.config.ring, self._total, desk.beat),
+                    Claim(self._partition, self.epoch, desk.ring.version, self._total, desk.beat),
                 )
 
     def own_promise(self, epoch: int, now_ms: int) -> None:
@@ -163,6 +234,13 @@ class Takeover:
         if message.epoch != self.epoch or peer in self._promises:
             return
         self._promises[peer] = (message.standing, message.view)
+        view = message.view
+        if (
+            self.phase is Phase.CLAIM
+            and view.sealed
+            and self._learn(view.sealed, self._shown(view.replicas, view.before))
+        ):
+            self._send_claims(now_ms)
         if self.phase is Phase.CLAIM:
             self._count(now_ms)
         elif self.phase is Phase.FETCH and self._fetch is not None:
@@ -174,29 +252,28 @@ class Takeover:
         when too few are left."""
         self.seen = max(self.seen, promised)
         self._refusals.add(peer)
-        config = self._desk.config
-        replicas = len(config.replicas(self._partition))
-        spare = replicas - config.majority(self._partition)
-        if self._total and not self._genesis:
-            spare = 0
-        if promised > self.epoch or (self.phase is Phase.CLAIM and len(self._refusals) > spare):
+        hopeless = (
+            not self._refusals.isdisjoint(self.config.nodes)
+            if self._total and not self._genesis
+            else self.config.hopeless(self._refusals)
+        )
+        if promised > self.epoch or (self.phase is Phase.CLAIM and hopeless):
             self.phase = Phase.FAILED
 
     def _count(self, now_ms: int) -> None:
         """Merges once the promises suffice."""
-        config = self._desk.config
-        standings = [standing for standing, _ in self._promises.values()]
-        if config.node not in self._promises:
+        standings = {node: standing for node, (standing, _) in self._promises.items()}
+        if self._desk.me not in standings:
             return
         if self._genesis:
-            if any(standing is not Standing.BLANK for standing in standings):
+            if any(standing is not Standing.BLANK for standing in standings.values()):
                 self.phase = Phase.FAILED
                 return
-            enough = len(standings) >= config.majority(self._partition)
+            enough = self.config.enough(standings)
         elif self._total:
-            enough = len(standings) == len(config.replicas(self._partition))
+            enough = self.config.everybody(standings)
         else:
-            enough = standings.count(Standing.MEMBER) >= config.majority(self._partition)
+            enough = self.config.enough(members_of(standings))
         if enough:
             self._merge(now_ms)
 
@@ -259,7 +336,7 @@ class Takeover:
         if fetch is None or self.phase is not Phase.FETCH:
             return
         lost = fetch.lost()
-        if lost and len(self._promises) == len(self._desk.config.replicas(self._partition)):
+        if lost and self.config.everybody(self._promises):
             for span in lost.spans():
                 self.records.held.remove_range(*span)
                 fetch.remaining.remove_range(*span)
@@ -274,6 +351,10 @@ class Takeover:
         if self.phase is Phase.CANVASS:
             if now_ms - self._began_ms >= timeout_ms:
                 self.phase = Phase.FAILED
+            elif self._called and now_ms - self._asked_ms >= EAGER_MS:
+                self._asked_ms = now_ms
+                self._asked = {node for node, a in self._answers.items() if a.granted}
+                self._canvass()
         elif self.phase is Phase.CLAIM:
             if now_ms - self._began_ms >= CLAIM_TIMEOUTS * timeout_ms:
                 self.phase = Phase.FAILED
@@ -287,3 +368,8 @@ class Takeover:
             if now_ms - self._asked_ms >= timeout_ms:
                 self._send_claims(now_ms)
             self._settle()
+
+
+def members_of(standings: Mapping[int, Standing]) -> set[int]:
+    """Those whose word counts."""
+    return {node for node, standing in standings.items() if standing is Standing.MEMBER}

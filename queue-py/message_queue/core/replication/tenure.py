@@ -10,17 +10,31 @@
 A tenure begins with its seal. It *serves* once a majority has installed the seal; before that a
 failure simply leaves the partition to the next candidate. Replicas acknowledge prefixes, so the
 cost of an acknowledgement does not depend on how many records it covers.
+
+*Learners* are followers that count in no majority: they copy the partition before they are named as
+replicas in the next seal, so that the change itself takes no longer than an election.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import assert_never
 
-from message_queue.core.messages import Ack, Append, AppendRecord, Entry, Put, Seal, Set
+from message_queue.core.messages import (
+    Ack,
+    Append,
+    AppendRecord,
+    Entry,
+    Put,
+    Seal,
+    Set,
+    Settled,
+)
 from message_queue.core.replication.desk import Desk, OwnStored
 from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft, SetDraft
 from message_queue.core.replication.effects import Committed, Gained
+from message_queue.core.replication.quorum import Quorum
 from message_queue.core.replication.state import PartitionState
 
 IN_FLIGHT_MAX = 16_384
@@ -51,6 +65,8 @@ class Tenure:
     __slots__ = (
         "_bytes",
         "_desk",
+        "_leases",
+        "_settled_at",
         "_state",
         "_window",
         "committed",
@@ -60,8 +76,11 @@ class Tenure:
         "outbid",
         "own",
         "partition",
+        "quorum",
         "serving",
         "soft",
+        "target",
+        "told",
         "yield_to",
         "yield_until_ms",
     )
@@ -79,10 +98,14 @@ class Tenure:
         """Records 1..own are durable here; -1: not even the seal."""
         self.committed = 0
         self.serving = False
+        self.quorum = desk.quorum(state)
         self.followers = {
             peer: Follower(now_ms, renewed.get(peer, now_ms - desk.config.lease_ms))
-            for peer in desk.config.others(self.partition)
+            for peer in self.quorum.others(desk.me)
         }
+        self._settled_at = 0
+        """The seq of the ``Settled`` stamped by this tenure."""
+        self._leases = self._lease_groups()
         self._window: deque[tuple[int, Append, int]] = deque()
         self._bytes = 0
         self.soft = b""
@@ -90,6 +113,10 @@ class Tenure:
         """
         self.yield_to: int | None = None
         self.yield_until_ms = 0
+        self.target: tuple[int, ...] = ()
+        """The replicas that the successor shall name; (): the present ones."""
+        self.told = False
+        """The consumer leases were passed on after deliveries had ended."""
         self.outbid = 0
         """A replica promised this higher epoch to somebody and can't follow any more."""
 
@@ -97,12 +124,50 @@ class Tenure:
 
     def lease_until_ms(self) -> int:
         """A majority (this node included) will promise nobody else before this time."""
-        needed = self._desk.config.majority(self.partition) - 1
-        if needed == 0:
-            return 1 << 62
-        renewed = sorted((f.renewed_ms for f in self.followers.values()), reverse=True)
+        until_ms = 1 << 62
         config = self._desk.config
-        return renewed[needed - 1] + config.lease_ms - config.drift_ms
+        for needed, followers in self._leases:
+            if needed:
+                renewed = sorted([f.renewed_ms for f in followers], reverse=True)
+                until_ms = min(until_ms, renewed[needed - 1] + config.lease_ms - config.drift_ms)
+        return until_ms
+
+    def _lease_groups(self) -> tuple[tuple[int, tuple[Follower, ...]], ...]:
+        """Per group that must agree: how many of which followers."""
+        me = self._desk.me
+        return tuple(
+            (len(g) // 2 + (me not in g), tuple(self.followers[n] for n in g if n != me))
+            for g in self.quorum.groups
+        )
+
+    # -- other replicas --------------------------------------------------------------------------
+
+    def learn(self, peers: Collection[int], now_ms: int) -> None:
+        """These learners, and no others."""
+        voters = self.quorum.nodes
+        for peer in tuple(self.followers):
+            if peer not in voters and peer not in peers:
+                del self.followers[peer]
+        for peer in peers:
+            if peer not in self.followers and peer != self._desk.me:
+                config = self._desk.config
+                self.followers[peer] = Follower(now_ms, now_ms - config.lease_ms)
+                self.send_seal(peer, now_ms)
+
+    @property
+    def in_place(self) -> bool:
+        """Serving, and no older replicas are needed any more, whoever owns the partition next."""
+        return self.serving and not self.quorum.before and self.committed >= self._settled_at
+
+    def _settle(self) -> None:
+        """The seal that names new replicas is on both majorities: nobody can be elected without the
+        new ones any more, so they decide alone."""
+        self._settled_at = self.last + 1
+        self._stamp((Settled(self._settled_at),), 16, self._desk.now_ms)
+        self.quorum = Quorum(self.quorum.replicas)
+        self._leases = self._lease_groups()
+        self.learn((), self._desk.now_ms)
+        self._desk.note("settled", self.partition, self.epoch, f"{self.quorum.replicas}")
 
     # -- records ---------------------------------------------------------------------------------
 
@@ -110,7 +175,6 @@ class Tenure:
         """Stamps the drafts as one atomic batch; returns the first seq. The caller checked that
         this tenure serves.
         """
-        first = self.last + 1
         entries: list[Entry] = []
         size = 0
         seq = self.last
@@ -128,7 +192,10 @@ class Tenure:
                     size += len(key) + len(value) + 32
                 case _:
                     assert_never(draft)
-        batch = tuple(entries)
+        return self._stamp(tuple(entries), size, now_ms)
+
+    def _stamp(self, batch: tuple[Entry, ...], size: int, now_ms: int) -> int:
+        first, seq = self.last + 1, batch[-1].seq
         append = Append(self.partition, self.epoch, batch)
         self._desk.persist(AppendRecord(self.partition, self.epoch, batch), self._state)
         self._desk.later(OwnStored(self.partition, self.epoch, seq))
@@ -187,7 +254,7 @@ class Tenure:
         follower.asked_ms = now_ms
         follower.sent = self.last
         self._desk.send(
-            peer, Seal(self.partition, self.epoch, self._state.ring, self._state.view())
+            peer, Seal(self.partition, self.epoch, self._desk.ring.version, self._state.view())
         )
 
     def tick(self, alive: frozenset[int], now_ms: int) -> None:
@@ -236,8 +303,9 @@ class Tenure:
 
     def advance(self) -> None:
         """Commits what a majority has; begins to serve when a majority has the seal."""
-        marks = sorted([self.own, *(f.match for f in self.followers.values())], reverse=True)
-        reached = marks[self._desk.config.majority(self.partition) - 1]
+        marks = {peer: follower.match for peer, follower in self.followers.items()}
+        marks[self._desk.me] = self.own
+        reached = self.quorum.reached(marks)
         if reached < 0:
             return
         fx = self._desk.fx
@@ -245,6 +313,8 @@ class Tenure:
             self.serving = True
             fx.gained.append(Gained(self.partition, self.epoch, self.soft))
             self._desk.note("owner_elected", self.partition, self.epoch)
+            if self.quorum.before:
+                self._settle()
         if reached > self.committed:
             self.committed = reached
             fx.committed.append(Committed(self.partition, self.epoch, reached))
