@@ -77,7 +77,7 @@ class Engine:
         reader: Database,
         open_reader: Callable[[], Database],
         replica_flag: str | None,
-        on_shown: Callable[[tuple[Change, ...], int], int],
+        on_shown: Callable[[tuple[Change, ...], Position], int],
         on_reset: Callable[[int], None],
         on_note: Callable[[str, str], None],
         on_head: Callable[[AuditHead], None],
@@ -299,7 +299,7 @@ class Engine:
             record, changes = self._undecided.popleft()
             decided.append(record)
             self.view.show(changes, record.seq)
-            lines[record.seq] = self._on_shown(changes, record.seq)
+            lines[record.seq] = self._on_shown(changes, record.position)
         if decided and self.writer is not None:
             self.writer.apply(decided)
         self.waiting.shown(seq)

@@ -4,51 +4,49 @@ keys."""
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
+from secure_store import report
 from secure_store.api.events import EventHub
-from secure_store.api.keys import Listing, PromotionRefused, VersionInfo
-from secure_store.api.watch import WatchHub
-from secure_store.config import Config, ConfigError, valid_name
+from secure_store.api.keys import Listing, PromotionRefused, RotationRefused, VersionInfo
+from secure_store.api.watch import WatchHub, parse_event_id
+from secure_store.config import Config, ConfigError
 from secure_store.core import plan
-from secure_store.core.audit import Head
 from secure_store.core.changes import (
     Change,
-    Destroy,
-    MarkDeleted,
-    PutPolicy,
     PutToken,
-    PutValue,
     RevokeToken,
-    UseToken,
 )
 from secure_store.core.effects import Promotion
 from secure_store.core.messages import Role
-from secure_store.core.pair import Phase
-from secure_store.core.policy import Rule, Verb
+from secure_store.core.outrank import outranks
+from secure_store.core.policy import PolicySet, Rule, Verb
+from secure_store.core.records import Position
 from secure_store.core.tokens import Principal, plain_hash, token_hash
+from secure_store.cursor import open_cursor, seal_cursor
 from secure_store.engine import Engine, wall_ms
+from secure_store.heads import PeerHeads
 from secure_store.ledger import Ledger
 from secure_store.metrics import Metrics
-from secure_store.storage.anchors import AnchorError, Anchors
 from secure_store.storage.audit_files import read_entries
 from secure_store.storage.audit_log import AuditLog, AuditUnavailable
-from secure_store.storage.keyring import Keyring
+from secure_store.storage.keyring import Keyring, replace_master
+from secure_store.storage.reseal import Reseal
 from secure_store.storage.view import View
-from secure_store.transport.link import AuditHead
 
 log = logging.getLogger(__name__)
 
 OPEN_WAIT_S = 1.0
-MAX_SCAN = 10_000
+MAX_SCAN = 2_000
+MAX_DATA_KEYS = 16
+SWEEP_S = 30.0
+SWEEP_AFTER_MS = 3_600_000
+SWEEP_BATCH = 100
+MAX_KNOWN = 4_096
 
 
 class Node:
@@ -77,14 +75,12 @@ class Node:
         self._static = static_tokens
         self.on_fatal = on_fatal
         self._engine: Engine | None = None
-        self._heads_sent: dict[int, int] = {}  # link -> seq of the last head sent on it
-        self._anchors: Anchors | None = None
-        self._head_waiting: AuditHead | None = None
-        self._keeping: asyncio.Task[None] | None = None
-        self._anchor_complaint = ""
-        self._public_key = keyring.signer.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+        self.heads = PeerHeads(config, audit, keyring)
+        self._resealing = False
+        self._sweeping: asyncio.Task[None] | None = None
         self._hmac_keys = config.audit_keys == "hmac"
         self.ledger = Ledger(config.node_id, audit)
+        self._known: dict[bytes, Principal] = {}  # by a token's hash; void with any change of one
 
     @property
     def node_id(self) -> str:
@@ -92,6 +88,25 @@ class Node:
 
     def attach(self, engine: Engine) -> None:
         self._engine = engine
+
+    def begin(self) -> None:
+        """What goes on by itself, once the engine runs."""
+        self.reseal()
+        self._sweeping = asyncio.create_task(self._sweep_tokens(), name="sweep")
+
+    async def _sweep_tokens(self) -> None:
+        """Tokens that expired an hour ago are forgotten, by the primary, for both."""
+        while True:
+            expired = self._view.head_tokens.expired(wall_ms() - SWEEP_AFTER_MS, SWEEP_BATCH)
+            if expired and self.engine.state.is_primary:
+                ops = tuple(plan.RevokeOp(accessor) for accessor in expired)
+                try:
+                    await self.engine.write(plan.Write(ops, lambda _: b""))
+                except (plan.Rejected, plan.OutcomeUnknown, plan.OpFailed) as e:
+                    log.debug("expired tokens are forgotten later: %s", e)
+                else:
+                    self.system_note("tokens_swept", f"{len(expired)} expired tokens")
+            await asyncio.sleep(SWEEP_S)
 
     @property
     def engine(self) -> Engine:
@@ -105,12 +120,22 @@ class Node:
         """Who holds this token; None if nobody may use it. Both hashes are always computed, so that
         unknown and revoked take the same time."""
         view = self._view
-        static = self._static.get(plain_hash(token))
+        digest = plain_hash(token)
+        known = self._known.get(digest)
+        if known is not None and not self.engine.state.ambiguous():
+            if not known.expires_ms or wall_ms() < known.expires_ms:
+                return known
+        static = self._static.get(digest)
         hashed = token_hash(view.token_key or b"", token)
         found = view.tokens.find(hashed, wall_ms())
         if found is not None and self.engine.state.ambiguous():
             found = view.head_tokens.find(hashed, wall_ms())  # a revocation may be open: it counts
-        return static or found
+        principal = static or found
+        if principal is not None and principal.uses_left < 0:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[digest] = principal
+        return principal
 
     def is_still_valid(self, principal: Principal) -> bool:
         """Whether an open stream of this principal may go on."""
@@ -120,10 +145,17 @@ class Node:
         return token is not None and not (token.expires_ms and wall_ms() >= token.expires_ms)
 
     def allows(self, principal: Principal, verb: Verb, key: str) -> bool:
-        allowed = self._view.policies.allows(principal.roles, verb, key)
+        allowed = _grants(self._view.policies, principal, verb, key)
         if allowed and self.engine.state.ambiguous():  # a stricter policy may be open: it counts
-            return self._view.head_policies.allows(principal.roles, verb, key)
+            return _grants(self._view.head_policies, principal, verb, key)
         return allowed
+
+    def outranks(self, principal: Principal, roles: tuple[str, ...]) -> bool:
+        """Whether these roles may do anything that the principal may not."""
+        policies = self._view.policies
+        wanted = policies.compiled(roles)
+        bounds = (principal.roles, *principal.ceilings)
+        return any(outranks(wanted, policies.compiled(bound)) for bound in bounds)
 
     def is_primary_here(self) -> bool:
         return self.engine.state.wished.role is not Role.REPLICA
@@ -133,7 +165,7 @@ class Node:
 
     # --- reads --------------------------------------------------------------------------------
 
-    async def read(self, key: str, version: int | None) -> tuple[int, bytes] | None:
+    def read(self, key: str, version: int | None) -> tuple[int, bytes] | None:
         """(version, JSON text), or None."""
         if version is None:
             return self._view.current(key, wall_ms())
@@ -143,6 +175,10 @@ class Node:
             return None
         text = self._view.value(key, version)
         return None if text is None else (version, text)
+
+    def is_unsettled(self) -> bool:
+        """Whether a restart leaves anything open (see `settled`)."""
+        return self.engine.state.ambiguous()
 
     async def settled(self, key: str, *, prefix: bool = False) -> None:
         """Wait, up to 1 s, while a restart leaves open what was last written to this key (or to
@@ -158,19 +194,21 @@ class Node:
             await asyncio.sleep(0.01)
 
     def list_keys(self, principal: Principal, prefix: str, after: str, limit: int) -> Listing:
-        """Readable keys that the principal may list; `more` if there are others beyond."""
-        allows = self._view.policies.allows
+        """Readable keys that the principal may list; `next` says where to go on, if anywhere: it
+        names no other key."""
         keys: list[str] = []
-        seen = ""
-        scanned = 0
-        for key in islice(self._view.scan(prefix, after, wall_ms()), MAX_SCAN):
-            scanned += 1
-            if len(keys) == limit:
-                return Listing(tuple(keys), keys[-1])
-            seen = key
-            if allows(principal.roles, "list", key):
+        for scanned, key in enumerate(self._view.scan(prefix, after, wall_ms()), 1):
+            if self.allows(principal, "list", key):
+                if len(keys) == limit:
+                    return Listing(tuple(keys), keys[-1])
                 keys.append(key)
-        return Listing(tuple(keys), seen if scanned == MAX_SCAN else None)
+            elif scanned >= MAX_SCAN:  # a long stretch of other people's keys
+                return Listing(tuple(keys), seal_cursor(self._view.token_key or b"", key))
+        return Listing(tuple(keys), None)
+
+    def cursor_key(self, after: str) -> str | None:
+        """The key in a `next` that is no key; None if `after` is none of those."""
+        return open_cursor(self._view.token_key or b"", after)
 
     def history(self, key: str) -> tuple[VersionInfo, ...] | None:
         state = self._view.state(key)
@@ -192,8 +230,15 @@ class Node:
     def tokens(self) -> tuple[PutToken, ...]:
         return tuple(self._view.tokens.by_accessor.values())
 
-    def policy(self, role: str) -> tuple[Rule, ...] | None:
-        return self._view.policies.roles.get(role)
+    def policies(self) -> dict[str, tuple[Rule, ...]]:
+        return self._view.policies.roles
+
+    def changes_after(self, last_id: str) -> list[tuple[tuple[Change, ...], Position]] | None:
+        """What was decided since the event of this id; None if that cannot be told."""
+        parsed = parse_event_id(last_id)
+        if parsed is None:
+            return None
+        return self._view.decided_after(*parsed, self.engine.state.shown_seq)
 
     # --- writes -------------------------------------------------------------------------------
 
@@ -232,9 +277,55 @@ class Node:
             raise PromotionRefused(promotion)
         return promotion
 
-    def rotate_data_key(self) -> int:
-        """A new data key for everything that is sealed from now on; the old ones stay readable."""
-        return self._keyring.rotate()
+    async def rotate(self, *, master: bool) -> int:
+        """A new data key (and master key): what is sealed from now on is under it, what was sealed
+        before comes under it in the background. Gives its number; raises RotationRefused."""
+        if len(self._keyring.numbers) >= MAX_DATA_KEYS:
+            raise RotationRefused("earlier rotations are still under way")
+        try:
+            if master:
+                path = self._config.master_key_path
+                await asyncio.to_thread(replace_master, self._keyring, path)
+                self.system_note("master_key", f"the keyring is wrapped by the new {path}")
+            number = await asyncio.to_thread(self._keyring.rotate)
+        except (OSError, ConfigError) as e:
+            raise RotationRefused(str(e)) from None
+        self.system_note("data_key", f"data key {number} is in use")
+        self.reseal()
+        return number
+
+    def reseal(self) -> None:
+        """Bring everything under the newest data key, if anything may not be (also at start)."""
+        writer = self.engine.writer
+        if writer is None or len(self._keyring.numbers) == 1:
+            return
+        job = Reseal(self._keyring.active_key)
+        loop = asyncio.get_running_loop()
+
+        def done() -> None:
+            """(Writer's thread.)"""
+            loop.call_soon_threadsafe(self._resealed, job, self._retire(job))
+
+        self._resealing = True
+        writer.background(job.slice, done)
+
+    def _retire(self, job: Reseal) -> str:
+        """Forget the data keys that nothing needs any more; gives why they are kept, else ""."""
+        if job.damaged:
+            return f"{job.damaged} rows do not open: run main.py doctor"
+        if any(self._config.data_dir.glob("quarantine-*.db")):
+            return "there are quarantined copies"
+        try:
+            self._keyring.retire(job.target)
+        except OSError as e:
+            return str(e)
+        return ""
+
+    def _resealed(self, job: Reseal, kept: str) -> None:
+        if job.target == self._keyring.active_key:
+            self._resealing = False
+        details = f"{job.resealed} rows came under data key {job.target}"
+        self.system_note("resealed", f"{details}; older keys are kept: {kept}" if kept else details)
 
     # --- audit --------------------------------------------------------------------------------
 
@@ -261,137 +352,49 @@ class Node:
             who=f"node:{self._config.node_id}", detail=details[:256],
         )  # fmt: skip
 
-    def next_head(self, link: int) -> AuditHead | None:
-        """Our chain's signed end for the other node, if it has moved since the last one there."""
-        seq = self.audit.seq
-        if self._heads_sent.get(link) == seq:
-            return None
-        self._heads_sent = {link: seq}
-        head = self.audit.signed_head()
-        return AuditHead(head, self._public_key.hex())
-
-    def on_head(self, message: AuditHead) -> None:
-        """The other node's chain: keep the newest head, as fast as the disk takes them."""
-        name = message.head.node
-        try:
-            valid_name(name, "the other node's name")  # it names a file
-        except ConfigError as e:
-            log.error("%s", e)
-            return
-        if name == self._config.node_id:
-            log.error("the other node has this node's --id %r", name)
-            return
-        self._head_waiting = message
-        if self._keeping is None or self._keeping.done():
-            self._keeping = asyncio.create_task(self._keep_heads(), name="anchors")
-
-    async def _keep_heads(self) -> None:
-        while (message := self._head_waiting) is not None:
-            self._head_waiting = None
-            try:
-                await asyncio.to_thread(self._keep_head, message)
-            except (AnchorError, OSError, ValueError) as e:
-                if str(e) != self._anchor_complaint:
-                    self._anchor_complaint = str(e)
-                    log.error("the other node's audit head was not kept: %s", e)
-                return
-            await asyncio.sleep(0.1)
-
-    def _keep_head(self, message: AuditHead) -> None:
-        if self._anchors is None or self._anchors.peer_id != message.head.node:
-            self._anchors = Anchors(
-                self._config.data_dir / "audit",
-                message.head.node,
-                bytes.fromhex(message.public_key),
-            )
-        if message.public_key != self._anchors.public_key.hex():
-            raise AnchorError("it is signed with another key than the one pinned")
-        self._anchors.keep(message.head)
+    def anchors_path(self) -> Path | None:
+        return self.heads.anchors_path()
 
     async def audit_entries(self, after_seq: int, limit: int) -> list[bytes]:
         """Lines of the audit log after `after_seq`, as they stand in the file."""
         path = self._config.audit_files[0]
         return await asyncio.to_thread(read_entries, path, after_seq, limit)
 
-    def anchors_path(self) -> Path | None:
-        """The file of the other node's heads, once there is one."""
-        return self._anchors.path if self._anchors is not None else None
-
-    @property
-    def anchored(self) -> Head | None:
-        return self._anchors.last if self._anchors is not None else None
-
     # --- what the engine tells ----------------------------------------------------------------
 
-    def on_shown(self, changes: tuple[Change, ...], seq: int) -> int:
+    def on_reset(self, seq: int) -> None:
+        """A snapshot has replaced everything; it ends at record `seq`."""
+        self.ledger.replaced(seq)
+        self._watches.lost()
+        self._recheck()
+
+    def on_shown(self, changes: tuple[Change, ...], position: Position) -> int:
         """A record was decided; gives the number of its audit line, if this node is to write it."""
-        recheck = False
-        line = self.ledger.shown(changes, seq)
-        for change in changes:
-            match change:
-                case PutValue(key, version, value):
-                    self._watches.publish("set", key, version, value)
-                case MarkDeleted(key, version, deleted_ms):
-                    self._watches.publish("delete" if deleted_ms else "undelete", key, version)
-                case Destroy(key, version):
-                    self._watches.publish("destroy", key, version)
-                case RevokeToken() | PutPolicy() | UseToken():
-                    recheck = True
-                case _:
-                    pass
-        if recheck:
-            self._watches.recheck()
+        line = self.ledger.shown(changes, position.seq)
+        self._watches.publish(changes, position)
+        if any(isinstance(change, RevokeToken) for change in changes):
+            self._recheck()
         return line
+
+    def _recheck(self) -> None:
+        """Tokens have been revoked: who holds one is nobody from now on, on open streams too."""
+        self._known.clear()
+        self._watches.recheck()
+        self._events.recheck()
 
     # --- state --------------------------------------------------------------------------------
 
     def not_ready_because(self) -> str | None:
-        state = self.engine.state
-        if (failure := self.audit.unavailable()) is not None:
-            return f"audit log: {failure}"
-        if state.wished.role is Role.PRIMARY:
-            if state.refused:
-                return state.refused
-            if not state.is_primary:
-                return "starting"
-            making = time.monotonic_ns() // 1_000_000 < state.making_until_ms
-            if state.degraded and making:
-                return "a link to the replica is being made"
-        return None
+        return report.not_ready_because(self.engine.state, self.audit.unavailable())
 
     def is_degraded(self) -> bool:
         return self.engine.state.degraded
 
     def replication(self) -> dict[str, object]:
-        state = self.engine.state
-        session = state.session
-        mine = state.wished
-        contact = state.last_contact_ms
-        body: dict[str, object] = {
-            "role": mine.role.value,
-            "cluster_id": mine.cluster_id,
-            "epoch": mine.epoch,
-            "mode": mine.mode.value,
-            "in_step": mine.in_step if mine.role is Role.PRIMARY else mine.told_in_step,
-            "degraded": state.degraded,
-            "last_seq": state.last.seq,
-            "durable_seq": state.durable_seq,
-            "shown_seq": state.shown_seq,
-            "link": session.phase.value if session is not None else "down",
-            "last_contact_ms_ago": (
-                None if contact is None else time.monotonic_ns() // 1_000_000 - contact
-            ),
-            "peer": {"id": mine.peer_id, "url": mine.peer_url or self._config.replica or ""},
-            "refused": state.refused or None,
-            "sealed": state.sealed or mine.sealed is not None,
-        }
-        if mine.role is Role.PRIMARY and session is not None:
-            live = session.phase in (Phase.CATCHUP, Phase.LIVE)
-            body["replica_lag"] = state.last.seq - session.acked_seq if live else None
-        return body
+        return report.replication(self.engine.state, self._config)
 
     def status(self) -> dict[str, object]:
-        head = self.anchored
+        anchored = self.heads.anchored
         return {
             "id": self._config.node_id,
             "url": self._config.url,
@@ -399,25 +402,20 @@ class Node:
             "audit": {
                 "seq": self.audit.seq,
                 "failure": self.audit.unavailable(),
-                "peer_anchor_seq": head.seq if head is not None else None,
+                "peer_anchor_seq": anchored.seq if anchored is not None else None,
             },
             "data_key": self._keyring.active_key,
+            "data_keys": self._keyring.numbers,
+            "resealing": self._resealing,
             "demo_tokens": self._config.demo_tokens,
         }
 
     def gather_gauges(self) -> None:
-        state = self.engine.state
-        self._metrics.gauges = {
-            "last_seq": state.last.seq,
-            "shown_seq": state.shown_seq,
-            "epoch": state.wished.epoch,
-            "is_primary": int(state.is_primary),
-            "degraded": int(state.degraded),
-            "link_up": int(state.session is not None),
-            "audit_seq": self.audit.seq,
-            "waiting_writes": len(state.held) + len(state.pending),
-            "tokens": len(self._view.tokens.by_accessor),
-        }
+        gauges = report.gauges(self.engine.state)
+        gauges["audit_seq"] = self.audit.seq
+        gauges["tokens"] = len(self._view.tokens.by_accessor)
+        gauges["data_keys"] = len(self._keyring.numbers)
+        self._metrics.gauges = gauges
         self._metrics.audit_fsyncs = self.audit.fsyncs
         if self.engine.writer is not None:
             self._metrics.commits = self.engine.writer.commits
@@ -433,13 +431,15 @@ class Node:
     async def stop(self) -> None:
         """Write down what is left, let go."""
         await self.engine.stop()
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.gather(self._keeping, return_exceptions=True)
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
+        await self.heads.stop()
         await asyncio.to_thread(self.audit.stop)
 
 
-def log_id_of(keyring: Keyring) -> str:
-    """Names the node's audit log: derived from its signing key."""
-    public = keyring.signer.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-    return hashlib.sha256(public).hexdigest()[:32]
+def _grants(policies: PolicySet, principal: Principal, verb: Verb, key: str) -> bool:
+    """A token may do what its roles may, and what made it (and so on up) may."""
+    return policies.allows(principal.roles, verb, key) and all(
+        policies.allows(roles, verb, key) for roles in principal.ceilings
+    )

@@ -23,6 +23,7 @@ from secure_store import logs
 from secure_store.api import app as application
 from secure_store.api import connection
 from secure_store.api.events import EventHub
+from secure_store.api.openapi import Route
 from secure_store.api.watch import WatchHub
 from secure_store.config import Address, Config, ConfigError
 from secure_store.core import machine
@@ -34,12 +35,18 @@ from secure_store.core.policy import Rule
 from secure_store.core.records import Record
 from secure_store.core.tokens import Principal
 from secure_store.engine import Engine, clock_ms, wall_ms
+from secure_store.heads import log_id_of
 from secure_store.metrics import Metrics
-from secure_store.node import Node, log_id_of
+from secure_store.node import Node
 from secure_store.storage.audit_log import AuditLog
 from secure_store.storage.data_dir import DataDir, Identity
 from secure_store.storage.database import Database
-from secure_store.storage.keyring import Keyring, make_master_key, read_master_key
+from secure_store.storage.keyring import (
+    Keyring,
+    make_master_key,
+    open_keyring,
+    read_master_key,
+)
 from secure_store.storage.static_access import load_policies, load_tokens
 from secure_store.storage.view import View
 from secure_store.storage.writer import Writer
@@ -76,7 +83,7 @@ def run(config: Config) -> int:
         data_dir = DataDir.open(config.data_dir, Identity("secure_store", config.node_id))
         try:
             made = ensure_certificate(config)
-            keyring = open_keyring(config)
+            keyring = keys_of(config)
             with asyncio.Runner(loop_factory=loop_factory()) as runner:
                 return runner.run(
                     serve(config, listening, keyring, static_tokens, base_roles, made_cert=made)
@@ -85,7 +92,7 @@ def run(config: Config) -> int:
             data_dir.close()
 
 
-def open_keyring(config: Config) -> Keyring:
+def keys_of(config: Config) -> Keyring:
     """The node's keys; on loopback the master key is made at the first start, and announced."""
     path = config.master_key_path
     if config.master_key_file is None and not path.exists():
@@ -94,7 +101,7 @@ def open_keyring(config: Config) -> Keyring:
             "made the master key %s: without it the data cannot be read, keep a copy elsewhere",
             path,
         )
-    return Keyring.open_or_make(config.data_dir / "keyring.json", read_master_key(path))
+    return open_keyring(config.data_dir / "keyring.json", path, finish=True)
 
 
 def load(
@@ -168,10 +175,10 @@ async def serve(
         open_reader=lambda: Database(path, keyring),
         replica_flag=config.replica,
         on_shown=node.on_shown,
-        on_reset=node.ledger.replaced,
+        on_reset=node.on_reset,
         on_note=node.system_note,
-        on_head=node.on_head,
-        next_head=node.next_head,
+        on_head=node.heads.on_head,
+        next_head=node.heads.next_head,
         next_told=lambda: (node.ledger.settled(), node.ledger.installs),
         on_failed=on_fatal,
     )
@@ -185,9 +192,8 @@ async def serve(
         now_ms=wall_ms,
     )
     links = Links(tls, on_up=engine.on_up, on_down=engine.on_down, on_frame=engine.on_frame)
-    app = application.build(
-        node, config, metrics, events, watches, [web.get(PEER_PATH, links.accept)], links.hang_up
-    )
+    peer = Route("GET", PEER_PATH, links.accept, "", is_public=True, action="peer/stream")
+    app = application.build(node, config, metrics, events, watches, [peer], links.hang_up)
     # handler_cancellation: a handler whose client hung up is cancelled.
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
@@ -199,6 +205,7 @@ async def serve(
         lost = recover_lines(node, database, state.shown_seq)
         announce(config, node, audit, made_cert=made_cert, lost_lines=lost)
         engine.start(writer, links, recovered, fx)
+        node.begin()
         listener = await asyncio.get_running_loop().create_server(
             connection.factory(runner), sock=listening, ssl=tls.server, backlog=1024
         )

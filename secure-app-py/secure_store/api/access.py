@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from aiohttp import web
@@ -19,36 +20,50 @@ from secure_store.api.keys import (
     Service,
 )
 from secure_store.core.changes import Audited
-from secure_store.core.plan import SpendOp, Write
+from secure_store.core.plan import OpFailed, SpendOp, Write
 from secure_store.core.policy import Verb
 from secure_store.core.tokens import Principal
 
 REALM = 'Bearer realm="secure-store"'
 UNAUTHORIZED = "Authorization token required or invalid"
 FORBIDDEN = "Insufficient permissions"
+MAX_TOKEN_CHARACTERS = 512
 _IN_URL = frozenset({"token", "access_token", "authorization"})
 
 
-async def authenticate(request: web.Request) -> Principal:
-    """The principal of a request; raises ApiError 400, 401 or 429."""
-    if request.query_string and not _IN_URL.isdisjoint(k.lower() for k in request.query):
-        raise ApiError(400, "A token must not stand in the URL")
+async def authenticate(request: web.Request, *, is_plain: bool = False) -> Principal:
+    """The principal of a request; raises ApiError 400, 401 or 429 (RFC 6750, sections 2 and 3).
+    `is_plain`: nothing in the URL could be a token."""
+    if (
+        not is_plain
+        and request.query_string
+        and not _IN_URL.isdisjoint(k.lower() for k in request.query)
+    ):
+        raise _invalid_request("A token must not stand in the URL")
     headers = request.headers.getall("Authorization", ())
     if len(headers) > 1:
-        raise ApiError(400, "More than one Authorization header")
-    if not headers:
-        raise ApiError(401, UNAUTHORIZED, headers={"WWW-Authenticate": REALM})
-    scheme, _, token = headers[0].partition(" ")
+        raise _invalid_request("More than one Authorization header")
+    scheme, _, token = headers[0].partition(" ") if headers else ("", "", "")
     token = token.strip()
+    if scheme.lower() != "bearer" or not token:  # no token was sent: another scheme is none
+        raise ApiError(401, UNAUTHORIZED, headers={"WWW-Authenticate": REALM})
     service = request.app[SERVICE]
-    if scheme.lower() == "bearer" and 0 < len(token) <= 512:
+    if len(token) <= MAX_TOKEN_CHARACTERS:
         principal = service.authenticate(token)
-        if principal is not None:
-            return await _spend(service, principal)
+        if principal is not None and await _spend(service, principal):
+            return principal
     _count_invalid(request)
-    raise ApiError(
-        401, UNAUTHORIZED, headers={"WWW-Authenticate": REALM + ', error="invalid_token"'}
-    )
+    raise invalid_token()
+
+
+def invalid_token() -> ApiError:
+    challenge = REALM + ', error="invalid_token"'
+    return ApiError(401, UNAUTHORIZED, headers={"WWW-Authenticate": challenge})
+
+
+def _invalid_request(error: str) -> ApiError:
+    challenge = REALM + ', error="invalid_request"'
+    return ApiError(400, error, headers={"WWW-Authenticate": challenge})
 
 
 def _count_invalid(request: web.Request) -> None:
@@ -59,13 +74,18 @@ def _count_invalid(request: web.Request) -> None:
         raise ApiError(429, "Too many invalid tokens", headers={"Retry-After": seconds})
 
 
-async def _spend(service: Service, principal: Principal) -> Principal:
-    """A token with a use limit: this use is on both disks before anything else happens."""
+async def _spend(service: Service, principal: Principal) -> bool:
+    """A token with a use limit: this use is on both disks before anything else happens. False if
+    requests at the same time have taken the last ones. The uses are counted at the primary, so the
+    replica takes no such token (ApiError 421)."""
     if principal.uses_left < 0:
-        return principal
+        return True
     require_primary(service)
-    await service.write(Write((SpendOp(principal.accessor),), lambda _: b""))
-    return principal
+    try:
+        await service.write(Write((SpendOp(principal.accessor),), lambda _: b""))
+    except OpFailed:
+        return False
+    return True
 
 
 def require(request: web.Request, verb: Verb, key: str) -> None:
@@ -74,8 +94,11 @@ def require(request: web.Request, verb: Verb, key: str) -> None:
         raise forbidden()
 
 
-def forbidden() -> ApiError:
+def forbidden(why: str = "") -> ApiError:
+    """The body is the same for every denial; `why` stands in the challenge."""
     challenge = REALM + ', error="insufficient_scope"'
+    if why:
+        challenge += f', error_description="{why}"'
     return ApiError(403, FORBIDDEN, headers={"WWW-Authenticate": challenge})
 
 
@@ -96,26 +119,25 @@ def outcome_of(status: int) -> str:
     return "denied" if status in (401, 403, 429) else "failed"
 
 
-def check_audit(service: Service) -> None:
-    """Raise ApiError 503 while no audit sink can be written."""
-    if service.audit.unavailable() is not None:
-        raise ApiError(503, "Audit log unavailable", headers={"Retry-After": "1"})
+def no_audit() -> ApiError:
+    """While no audit sink can be written."""
+    return ApiError(503, "Audit log unavailable", headers={"Retry-After": "1"})
 
 
-async def audit(request: web.Request, action: str, status: int, *, is_write: bool) -> None:
-    """Write the request's line. Denials and writes wait until it is durable (ApiError 503 if it
-    cannot be made so; then the outcome of a write is not denied, only not confirmed)."""
+def note(request: web.Request, status: int, *, is_write: bool) -> asyncio.Future[None] | None:
+    """Write the request's line, unless it has one. Denials and writes get a future that is done
+    when it is durable."""
     if AUDITED in request:
-        return
+        return None
     request[AUDITED] = True
     service = request.app[SERVICE]
     if status == 503 and service.audit.unavailable() is not None:
         service.audit.refuse()
-        return
+        return None
     principal = request.get(PRINCIPAL)
     outcome = outcome_of(status)
-    durable = service.audit.note(
-        action,
+    return service.audit.note(
+        request[ACTION],
         addr=request.remote or "",
         outcome=outcome,
         request_id=request[REQUEST_ID],
@@ -124,16 +146,19 @@ async def audit(request: web.Request, action: str, status: int, *, is_write: boo
         key=service.audit_key(request.get(AUDITED_KEY, "")),
         urgent=is_write or outcome == "denied",
     )
-    if durable is None:
-        return
+
+
+async def until_durable(request: web.Request, durable: asyncio.Future[None], status: int) -> None:
+    """Raises ApiError 503 if the line cannot be made durable (then the outcome of a write is not
+    denied, only not confirmed)."""
     try:
         await durable  # it fails by itself if the disk does, or hangs
     except Exception as e:
         request.app[METRICS].audit_refusals += 1
-        definite = {} if outcome != "allowed" else {"definite": False}
-        raise ApiError(
-            503, "Audit log unavailable", headers={"Retry-After": "1"}, **definite
-        ) from e
+        refusal = no_audit()
+        if outcome_of(status) == "allowed":
+            refusal.details["definite"] = False
+        raise refusal from e
 
 
 def audited(request: web.Request) -> Audited:

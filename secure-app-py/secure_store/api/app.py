@@ -1,16 +1,16 @@
-"""The aiohttp application: routes, the one middleware, and what handlers find on it."""
+"""The aiohttp application: routes, what is done around every handler, and what they find on it."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Sequence
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
 
 from secure_store.api import access, errors
-from secure_store.api.errors import Handler
+from secure_store.api.errors import ApiError, Handler
 from secure_store.api.events import EventHub
 from secure_store.api.guards import Guards
 from secure_store.api.keys import (
@@ -26,12 +26,17 @@ from secure_store.api.keys import (
     Service,
 )
 from secure_store.api.openapi import Route
+from secure_store.api.reply import Reply
 from secure_store.api.routes import ROUTES
 from secure_store.api.translate import api_error
 from secure_store.api.watch import WatchHub
 from secure_store.config import Config
 from secure_store.core.limiter import Limiter
 from secure_store.metrics import Metrics
+
+# A target with at most one parameter, whose value needs no decoding, and whose name is no token's:
+# nothing in its query can be wrong that the handler would not see.
+_PLAIN = re.compile(r"[a-z/]*(?:\?(?:key|prefix|after|limit)=[A-Za-z0-9/._~:@-]*)?")
 
 
 def build(
@@ -40,25 +45,24 @@ def build(
     metrics: Metrics,
     events: EventHub,
     watches: WatchHub,
-    peer_routes: Sequence[web.RouteDef],
+    peer_routes: Sequence[Route],
     hang_up: Callable[[], None],
 ) -> web.Application:
     """Make the application; `peer_routes` are the transport's, which `server` passes in, and
     `hang_up` ends them at shutdown."""
     guards = Guards("https", config.addr.host, config.addr.port)
-    table = {(r.method, r.path): r for r in ROUTES}
-    app = web.Application(
-        middlewares=[middleware(guards, table)], client_max_size=config.max_body_bytes
-    )
+    app = web.Application(client_max_size=config.max_body_bytes)
     app[SERVICE] = service
     app[CONFIG] = config
     app[METRICS] = metrics
     app[EVENTS] = events
     app[WATCHES] = watches
     app[LIMITER] = Limiter()
-    for route in ROUTES:
-        app.router.add_route(route.method, route.path, route.handler)
-    app.add_routes(peer_routes)
+    around = Around(service, metrics, guards)
+    for route in (*ROUTES, *peer_routes):
+        app.router.add_route(route.method, route.path, around.handler(route))
+    unmatched = Route("*", "/{path:.*}", nowhere((*ROUTES, *peer_routes)), "", is_public=True)
+    app.router.add_route("*", unmatched.path, around.handler(unmatched, action="unknown"))
 
     async def end_streams(_: web.Application) -> None:
         events.close()
@@ -69,63 +73,84 @@ def build(
     return app
 
 
-def middleware(guards: Guards, table: dict[tuple[str, str], Route]) -> Middleware:
-    """The outermost layer, in this order: request id; is the audit log alive; is there such a
-    route; who asks (401); guards and the handler (400, 403, 421 …); the audit line; headers."""
+def nowhere(routes: Sequence[Route]) -> Handler:
+    """The handler of what is not in the table: 404, or 405 and what would be allowed."""
+    shapes = [
+        (route.method, re.compile(re.sub(r"\{\w+\}", "[^/]+", route.path))) for route in routes
+    ]
 
-    @web.middleware
-    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-        began_ns = time.perf_counter_ns()
-        request_id = errors.request_id_of(request)
-        request[REQUEST_ID] = request_id
-        app = request.app
-        metrics = app[METRICS]
-        metrics.requests += 1
-        resource = request.match_info.route.resource
-        path = resource.canonical if resource is not None else ""
-        route = table.get((request.method, path))
-        request[ACTION] = action = _action(route, path)
-        try:
-            response = await _respond(request, handler, route, guards)
-        except (asyncio.CancelledError, ConnectionError):
-            # The client hung up: there is nobody to answer, but what it had begun goes on.
-            access.note_hang_up(request, action)
-            raise
-        except Exception as e:  # noqa: BLE001 - every exception becomes an answer; see to_response
-            response = errors.to_response(request, api_error(e, app[SERVICE]))
-        if route is None or not route.is_probe:
-            try:
-                is_write = route is not None and route.is_write
-                await access.audit(request, action, response.status, is_write=is_write)
-            except errors.ApiError as e:
-                response = errors.to_response(request, e)
-        if response.status >= 400:
-            metrics.errors += 1
-            metrics.unauthenticated += response.status == 401
-            metrics.forbidden += response.status == 403
-        if not response.prepared:
-            errors.secure(response, request_id)
-        metrics.request_ms.observe((time.perf_counter_ns() - began_ns) / 1e6)
-        return response
+    async def answer(request: web.Request) -> web.StreamResponse:
+        allowed = sorted({method for method, shape in shapes if shape.fullmatch(request.path)})
+        if allowed:
+            raise ApiError(405, "Method not allowed", headers={"Allow": ",".join(allowed)})
+        raise ApiError(404, "Not found")
 
     return answer
 
 
-def _action(route: Route | None, path: str) -> str:
-    """What a request is called in the audit log."""
-    if route is not None:
-        return route.handler.__name__
-    return path.strip("/") or "unknown"
+class Around:
+    """What is done around every handler, in this order: request id; is the audit log alive; who
+    asks (401); guards and the handler (400, 403, 421 …); the audit line; headers.
 
+    Wrapped around each handler once, at the start: aiohttp's middlewares would cost two more
+    coroutines and a look at the route a request.
+    """
 
-async def _respond(
-    request: web.Request, handler: Handler, route: Route | None, guards: Guards
-) -> web.StreamResponse:
-    if route is not None and not route.is_probe:
-        access.check_audit(request.app[SERVICE])
-    if request.match_info.http_exception is not None:
-        raise request.match_info.http_exception
-    if route is not None and not route.is_public:
-        request[PRINCIPAL] = await access.authenticate(request)
-    guards.check(request)
-    return await handler(request)
+    def __init__(self, service: Service, metrics: Metrics, guards: Guards) -> None:
+        self._service = service
+        self._metrics = metrics
+        self._guards = guards
+
+    def handler(self, route: Route, action: str = "") -> Handler:
+        """The route's handler with everything around it; `action` is what the audit log calls it
+        (default: the handler's name)."""
+        name = action or route.action or route.handler.__name__
+        handler, audit, metrics, guards = (
+            route.handler,
+            self._service.audit,
+            self._metrics,
+            self._guards,
+        )
+        is_audited, is_public = not route.is_probe, route.is_public
+        clock = time.perf_counter_ns
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            began_ns = clock()
+            request_id = request[REQUEST_ID] = errors.request_id_of(request)
+            request[ACTION] = name
+            metrics.requests += 1
+            response: web.StreamResponse
+            try:
+                if is_audited and audit.unavailable() is not None:
+                    raise access.no_audit()
+                is_plain = _PLAIN.fullmatch(request.raw_path) is not None
+                if not is_public:
+                    request[PRINCIPAL] = await access.authenticate(request, is_plain=is_plain)
+                guards.check(request, is_plain=is_plain)
+                response = await handler(request)
+            except (asyncio.CancelledError, ConnectionError):
+                # The client hung up: there is nobody to answer, but what it had begun goes on.
+                access.note_hang_up(request, name)
+                raise
+            except Exception as e:  # noqa: BLE001 - every exception becomes an answer; see to_response
+                response = errors.to_response(request, api_error(e, self._service))
+            if is_audited:
+                try:
+                    durable = access.note(request, response.status, is_write=route.is_write)
+                    if durable is not None:
+                        await access.until_durable(request, durable, response.status)
+                except ApiError as e:
+                    response = errors.to_response(request, e)
+            self._count(response.status)
+            if not (isinstance(response, Reply) or response.prepared):
+                errors.secure(response, request_id)
+            metrics.request_ms.observe((clock() - began_ns) / 1e6)
+            return response
+
+        return answer
+
+    def _count(self, status: int) -> None:
+        if status >= 400:
+            self._metrics.errors += 1
+            self._metrics.unauthenticated += status == 401
+            self._metrics.forbidden += status == 403

@@ -21,6 +21,12 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = web.RequestKey("request_id", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+SAFE_HEADERS = {
+    "Server": "secure-store",
+    "X-Content-Type-Options": "nosniff",
+    "Strict-Transport-Security": "max-age=31536000",
+    "Cache-Control": "no-store",
+}
 _encode = msgspec.json.Encoder().encode
 # Unique and cheap: a system call for chance per request would cost as much as the request.
 _PREFIX = secrets.token_hex(6)
@@ -56,13 +62,9 @@ def json_response(
 
 
 def secure(response: web.StreamResponse, request_id: str) -> None:
-    """The headers of every answer. `Server` names no version."""
-    headers = response.headers
-    headers["X-Request-Id"] = request_id
-    headers["Server"] = "secure-store"
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers["Strict-Transport-Security"] = "max-age=31536000"
-    headers.setdefault("Cache-Control", "no-store")
+    """The headers of every answer (see also reply.py). `Server` names no version."""
+    response.headers["X-Request-Id"] = request_id
+    response.headers.update(SAFE_HEADERS)
 
 
 def request_id_of(request: web.Request) -> str:

@@ -16,11 +16,12 @@ from secure_store.api.errors import REQUEST_ID as REQUEST_ID
 from secure_store.api.events import EventHub
 from secure_store.api.watch import WatchHub
 from secure_store.config import Config
-from secure_store.core.changes import PutToken
+from secure_store.core.changes import Change, PutToken
 from secure_store.core.effects import Promotion
 from secure_store.core.limiter import Limiter
 from secure_store.core.plan import Write, Written
 from secure_store.core.policy import Rule, Verb
+from secure_store.core.records import Position
 from secure_store.core.tokens import Principal
 from secure_store.metrics import Metrics
 
@@ -49,6 +50,10 @@ class PromotionRefused(Exception):
     def __init__(self, promotion: Promotion) -> None:
         super().__init__(promotion.reason)
         self.promotion = promotion
+
+
+class RotationRefused(Exception):
+    """The keys cannot be changed now; the text says why."""
 
 
 class Audit(Protocol):
@@ -98,17 +103,25 @@ class Service(Protocol):
 
     def primary_url(self) -> str | None: ...
 
+    def is_unsettled(self) -> bool: ...
+
     async def settled(self, key: str, *, prefix: bool = False) -> None: ...
 
-    async def read(self, key: str, version: int | None) -> tuple[int, bytes] | None: ...
+    def read(self, key: str, version: int | None) -> tuple[int, bytes] | None: ...
 
     def list_keys(self, principal: Principal, prefix: str, after: str, limit: int) -> Listing: ...
+
+    def cursor_key(self, after: str) -> str | None: ...
 
     def history(self, key: str) -> tuple[VersionInfo, ...] | None: ...
 
     def tokens(self) -> tuple[PutToken, ...]: ...
 
-    def policy(self, role: str) -> tuple[Rule, ...] | None: ...
+    def policies(self) -> dict[str, tuple[Rule, ...]]: ...
+
+    def outranks(self, principal: Principal, roles: tuple[str, ...]) -> bool: ...
+
+    def changes_after(self, last_id: str) -> list[tuple[tuple[Change, ...], Position]] | None: ...
 
     async def write(self, write: Write) -> Written: ...
 
@@ -118,7 +131,7 @@ class Service(Protocol):
 
     async def promote(self, *, force: bool) -> Promotion: ...
 
-    def rotate_data_key(self) -> int: ...
+    async def rotate(self, *, master: bool) -> int: ...
 
     def replication(self) -> dict[str, object]: ...
 

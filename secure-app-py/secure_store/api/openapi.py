@@ -26,6 +26,7 @@ class Route:
     is_public: bool = False  # answers without a token
     is_probe: bool = False  # says nothing worth an audit line
     is_write: bool = False  # its audit line is durable before its answer
+    action: str = ""  # what the audit log calls it (default: the handler's name)
 
 
 def document(routes: Sequence[Route], title: str) -> bytes:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 from aiohttp import web
 
 from secure_store.api import access
-from secure_store.api.errors import ApiError, json_response
+from secure_store.api.errors import SAFE_HEADERS, ApiError, json_response
 from secure_store.api.keys import (
     AUDITED,
     AUDITED_KEY,
@@ -18,7 +19,9 @@ from secure_store.api.keys import (
     REQUEST_ID,
     SERVICE,
     WATCHES,
+    Service,
 )
+from secure_store.api.reply import Reply
 from secure_store.api.schemas import (
     DeleteBody,
     GetQuery,
@@ -35,13 +38,14 @@ from secure_store.api.schemas import (
     read_json,
     read_query,
 )
-from secure_store.api.watch import Watcher
+from secure_store.api.watch import LOST, Watcher
 from secure_store.core.plan import (
     CheckOp,
     DeleteOp,
     DestroyOp,
     Idempotency,
     Op,
+    OpFailed,
     SetOp,
     UndeleteOp,
     Write,
@@ -53,10 +57,8 @@ _delete = msgspec.json.Decoder(DeleteBody)
 _version = msgspec.json.Decoder(VersionBody)
 _txn = msgspec.json.Decoder(TxnBody)
 _encode = msgspec.json.Encoder().encode
-
-
-def body_response(body: bytes, headers: dict[str, str]) -> web.Response:
-    return web.Response(body=body, headers=headers, content_type="application/json")
+_PLAIN_GET = re.compile(r"/get\?key=([A-Za-z0-9/._~:@-]{1,256})")
+DEGRADED = b"X-Replication: degraded\r\n"
 
 
 def _reading(request: web.Request) -> dict[str, str]:
@@ -67,21 +69,28 @@ def not_found() -> ApiError:
     return ApiError(404, "Key not found")
 
 
-async def get(request: web.Request) -> web.Response:
-    query = read_query(request, GetQuery)
-    key = request[AUDITED_KEY] = checked_key(query.key)
-    access.require(request, "read", key)
+async def get(request: web.Request) -> web.StreamResponse:
+    asked = _PLAIN_GET.fullmatch(request.raw_path)
+    if asked is not None and ".." not in asked[1]:  # the usual case: nothing to decode or refuse
+        key, wanted = asked[1], None
+    else:
+        query = read_query(request, GetQuery)
+        key, wanted = checked_key(query.key), query.version
+    request[AUDITED_KEY] = key
     service = request.app[SERVICE]
-    await service.settled(key)
-    found = await service.read(key, query.version)
+    if not service.allows(request[PRINCIPAL], "read", key):
+        raise access.forbidden()
+    if service.is_unsettled():
+        await service.settled(key)
+    found = service.read(key, wanted)
     if found is None:
         raise not_found()
     version, text = found
     body = b'{"key":%s,"value":%s}' % (_encode(key), text)
-    return body_response(body, {"ETag": f'"{version}"', **_reading(request)})
+    return Reply(body, version=version, more=DEGRADED if service.is_degraded() else b"")
 
 
-async def set_value(request: web.Request) -> web.Response:
+async def set_value(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, _set)
     key = request[AUDITED_KEY] = checked_key(body.key)
     text = compact(body.value)
@@ -91,7 +100,7 @@ async def set_value(request: web.Request) -> web.Response:
     return await write(request, (op,), lambda _: answer)
 
 
-async def delete(request: web.Request) -> web.Response:
+async def delete(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, _delete)
     key = request[AUDITED_KEY] = checked_key(body.key)
     access.require(request, "delete", key)
@@ -99,7 +108,7 @@ async def delete(request: web.Request) -> web.Response:
     return await write(request, (op,), lambda _: _encode({"status": "ok", "key": key}))
 
 
-async def undelete(request: web.Request) -> web.Response:
+async def undelete(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, _version)
     key = request[AUDITED_KEY] = checked_key(body.key)
     access.require(request, "delete", key)
@@ -107,7 +116,7 @@ async def undelete(request: web.Request) -> web.Response:
     return await write(request, (op,), lambda _: _encode({"status": "ok", "key": key}))
 
 
-async def destroy(request: web.Request) -> web.Response:
+async def destroy(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, _version)
     key = request[AUDITED_KEY] = checked_key(body.key)
     access.require(request, "delete", key)
@@ -115,7 +124,7 @@ async def destroy(request: web.Request) -> web.Response:
     return await write(request, (op,), lambda _: _encode({"status": "ok", "key": key}))
 
 
-async def txn(request: web.Request) -> web.Response:
+async def txn(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, _txn)
     ops = tuple(_txn_op(op, i) for i, op in enumerate(body.ops))
     request[AUDITED_KEY] = " ".join(dict.fromkeys(op.key for op in body.ops))
@@ -127,7 +136,7 @@ async def txn(request: web.Request) -> web.Response:
     def render(versions: list[int]) -> bytes:
         return _encode({"status": "ok", "versions": versions})
 
-    return await write(request, ops, render)
+    return await write(request, ops, render, numbered=True)
 
 
 def _txn_op(op: TxnOp, index: int) -> Op:
@@ -152,23 +161,24 @@ async def write(
     render: Callable[[list[int]], bytes],
     *,
     remember: bool = True,
-) -> web.Response:
+    numbered: bool = False,
+) -> web.StreamResponse:
     """Decide a permitted write and answer it; `remember`: under its Idempotency-Key, if it has
-    one."""
+    one; `numbered`: a refusal says which operation it is about."""
     service = request.app[SERVICE]
     access.require_primary(service)
     again = await _idempotency(request) if remember else None
-    written = await service.write(Write(ops, render, again, access.audited(request)))
+    try:
+        written = await service.write(Write(ops, render, again, access.audited(request)))
+    except OpFailed as e:
+        e.numbered = numbered
+        raise
     if written.line:
         request[AUDITED] = True
-    headers = {}
-    if written.version:
-        headers["ETag"] = f'"{written.version}"'
-    if written.degraded:
-        headers["X-Replication"] = "degraded"
+    more = DEGRADED if written.degraded else b""
     if written.replayed:
-        headers["Idempotent-Replay"] = "true"
-    return body_response(written.body, headers)
+        more += b"Idempotent-Replay: true\r\n"
+    return Reply(written.body, version=written.version, more=more)
 
 
 async def _idempotency(request: web.Request) -> Idempotency | None:
@@ -185,7 +195,9 @@ async def _idempotency(request: web.Request) -> Idempotency | None:
 async def list_keys(request: web.Request) -> web.Response:
     query = read_query(request, ListQuery)
     prefix = request[AUDITED_KEY] = checked_prefix(query.prefix, "prefix")
-    after = checked_prefix(query.after, "after")
+    after = request.app[SERVICE].cursor_key(query.after)
+    if after is None:
+        after = checked_prefix(query.after, "after")
     await request.app[SERVICE].settled(prefix, prefix=True)
     listing = request.app[SERVICE].list_keys(request[PRINCIPAL], prefix, after, query.limit)
     return json_response(listing, headers=_reading(request))
@@ -212,17 +224,25 @@ async def watch(request: web.Request) -> web.StreamResponse:
         prefix,
         lambda key: service.allows(principal, "read", key),
         lambda: service.is_still_valid(principal),
+        principal.expires_ms,
     )
-    await access.audit(request, "watch", 200, is_write=False)
-    return await hub.stream(request, watcher, stream_headers(request))
+    access.note(request, 200, is_write=False)
+    last_id = request.headers.get("Last-Event-ID", "")
+    missed = _missed(service, watcher, last_id) if last_id else ()
+    return await hub.serve(request, watcher, stream_headers(request), missed)
+
+
+def _missed(service: Service, watcher: Watcher, last_id: str) -> Iterator[bytes]:
+    """What a watcher that comes back has missed. (A generator: it is read when it listens again, so
+    that nothing falls in between.)"""
+    found = service.changes_after(last_id)
+    if found is None:
+        yield LOST
+        return
+    for changes, position in found:
+        yield watcher.visible(changes, position)
 
 
 def stream_headers(request: web.Request) -> dict[str, str]:
     """The headers of every answer, for one that begins before the middleware sees it."""
-    return {
-        "X-Request-Id": request[REQUEST_ID],
-        "Server": "secure-store",
-        "X-Content-Type-Options": "nosniff",
-        "Strict-Transport-Security": "max-age=31536000",
-        "Cache-Control": "no-store",
-    }
+    return {"X-Request-Id": request[REQUEST_ID], **SAFE_HEADERS}

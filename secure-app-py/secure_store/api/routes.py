@@ -8,10 +8,11 @@ from aiohttp import web
 
 from secure_store.api import access, administration, operations
 from secure_store.api.errors import ApiError, json_response
-from secure_store.api.keys import EVENTS, METRICS, SERVICE
+from secure_store.api.keys import EVENTS, METRICS, PRINCIPAL, SERVICE
 from secure_store.api.openapi import Route, document
 from secure_store.api.schemas import (
     AuditQuery,
+    CheckQuery,
     DeleteBody,
     GetQuery,
     KeyQuery,
@@ -19,12 +20,14 @@ from secure_store.api.schemas import (
     PolicyBody,
     PromoteBody,
     RevokeBody,
+    RotateBody,
     SetBody,
     TokenBody,
     TxnBody,
     VersionBody,
     WatchQuery,
 )
+from secure_store.api.streams import Listener
 
 _PAGE = files("secure_store.dashboard").joinpath("index.html").read_bytes()
 
@@ -65,8 +68,12 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 async def events(request: web.Request) -> web.StreamResponse:
-    await access.audit(request, "events", 200, is_write=False)
-    return await request.app[EVENTS].stream(request, operations.stream_headers(request))
+    service, hub, principal = request.app[SERVICE], request.app[EVENTS], request[PRINCIPAL]
+    if not hub.has_room():
+        raise ApiError(503, "Too many event streams", headers={"Retry-After": "5"})
+    access.note(request, 200, is_write=False)
+    listener = Listener(lambda: service.is_still_valid(principal), principal.expires_ms)
+    return await hub.serve(request, listener, operations.stream_headers(request), ())
 
 
 async def openapi(request: web.Request) -> web.Response:
@@ -115,13 +122,19 @@ ROUTES = (
           body=TokenBody, answers=_WRITE, is_write=True),
     Route("DELETE", "/tokens", administration.revoke_token, "Revoke a token and its children",
           body=RevokeBody, answers=_WRITE, is_write=True),
+    Route("GET", "/policies", administration.list_policies, "Every role and its rules",
+          answers=_READ),
+    Route("GET", "/policies/{role}/check", administration.check_policy,
+          "Whether a role may do a verb on a key, and by which rule", query=CheckQuery,
+          answers=_READ),
     Route("GET", "/policies/{role}", administration.get_policy, "A role's rules", answers=_READ),
     Route("PUT", "/policies/{role}", administration.put_policy, "Replace a role's rules",
           body=PolicyBody, answers=_WRITE, is_write=True),
     Route("POST", "/admin/promote", administration.promote, "Make this replica the primary",
           body=PromoteBody, is_write=True, answers={**_READ, 409: "It could lose or split data"}),
-    Route("POST", "/admin/rotate", administration.rotate, "A new data key for this node",
-          answers=_READ, is_write=True),
+    Route("POST", "/admin/rotate", administration.rotate,
+          "A new data key for this node (master: and master key)", body=RotateBody,
+          answers={**_READ, 409: "The keys cannot be changed now"}, is_write=True),
     Route("GET", "/status", status, "State of this node", answers=_READ),
     Route("GET", "/replication", replication, "State of the pair", answers=_READ),
     Route("GET", "/healthz", healthz, "The process is alive", is_public=True, is_probe=True),

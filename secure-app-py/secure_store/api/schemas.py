@@ -10,7 +10,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from secure_store.api.errors import ApiError
-from secure_store.core.policy import PolicyError, Rule, check_key, check_path
+from secure_store.core.policy import PolicyError, Rule, Verb, check_key, check_path
 
 MAX_JSON_DEPTH = 64
 MAX_VALUE_BYTES = 1 << 20
@@ -94,8 +94,10 @@ class PromoteBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     force: bool = False
 
 
-class NoBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An empty object, or nothing at all."""
+class RotateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /admin/rotate. `master`: the master key too, taken from `<master key>.next`."""
+
+    master: bool = False
 
 
 class GetQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,7 +112,12 @@ class KeyQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ListQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix: Annotated[str, Meta(max_length=256)] = ""
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
-    after: Annotated[str, Meta(max_length=256)] = ""
+    after: Annotated[str, Meta(max_length=512)] = ""
+
+
+class CheckQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    verb: Verb
+    key: Key
 
 
 class WatchQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from secure_store.api.access import not_primary
 from secure_store.api.errors import ApiError
 from secure_store.api.keys import METRICS as METRICS
@@ -45,8 +47,7 @@ def api_error(error: Exception, service: Service) -> Exception:
 
 
 def _op_failed(error: plan.OpFailed) -> ApiError:
+    index: dict[str, Any] = {"index": error.index} if error.numbered else {}
     if isinstance(error.cause, kv.Conflict):
-        return ApiError(
-            409, "Version mismatch", current_version=error.cause.current, index=error.index
-        )
-    return ApiError(404, "Key not found", index=error.index)
+        return ApiError(409, "Version mismatch", current_version=error.cause.current, **index)
+    return ApiError(404, "Key not found", **index)

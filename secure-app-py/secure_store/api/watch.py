@@ -1,110 +1,90 @@
-"""GET /watch: decided changes under a prefix, as server-sent events, each checked for
-permission."""
+"""GET /watch: decided changes under a prefix, as server-sent events, each checked for permission.
+
+The last event of a record carries the record's `id`. A client that comes back with it
+(`Last-Event-ID`) gets what came since, from the log, at either node; if that is no longer kept, or
+another history has replaced it, it gets an event `lost` first.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
-from aiohttp import web
+
+from secure_store.api.streams import Hub, Listener
+from secure_store.core.changes import Change, Destroy, MarkDeleted, PutValue
+from secure_store.core.records import Position
 
 MAX_WATCHERS = 256
-BACKLOG = 1024
-KEEPALIVE_S = 15.0
+LOST = b"event: lost\ndata: {}\n\n"
 
 
-class Watcher:
-    """One open stream. `may_read(key)` is asked for every event; `is_valid()` when rights
-    change."""
+class Watcher(Listener):
+    """One open stream. `may_read(key)` is asked for every event."""
 
     def __init__(
-        self, prefix: str, may_read: Callable[[str], bool], is_valid: Callable[[], bool]
+        self,
+        prefix: str,
+        may_read: Callable[[str], bool],
+        is_valid: Callable[[], bool],
+        expires_ms: int,
     ) -> None:
+        super().__init__(is_valid, expires_ms)
         self.prefix = prefix
         self.may_read = may_read
-        self.is_valid = is_valid
-        self.lines: deque[bytes] = deque()
-        self.lost = 0
-        self.ended = False
-        self.wake = asyncio.Event()
 
-    def put(self, line: bytes) -> None:
-        if len(self.lines) >= BACKLOG:  # a slow reader loses the oldest, and is told
-            self.lines.popleft()
-            self.lost += 1
-        self.lines.append(line)
-        self.wake.set()
+    def visible(self, changes: Iterable[Change], position: Position) -> bytes:
+        """One record's events, as this watcher may see them."""
+        lines = [
+            line
+            for change in changes
+            if isinstance(change, PutValue | MarkDeleted | Destroy)
+            and change.key.startswith(self.prefix)
+            and self.may_read(change.key)
+            and (line := _event(change))
+        ]
+        if not lines:
+            return b""
+        lines[-1] = b"id: %s\n%s" % (event_id(position), lines[-1])
+        return b"".join(lines)
 
-    def end(self) -> None:
-        self.ended = True
-        self.wake.set()
+
+def event_id(position: Position) -> bytes:
+    """Names a record of one history: 16 digits of its hash go with its number."""
+    return b"%d-%s" % (position.seq, position.hash.hex()[:16].encode())
 
 
-class WatchHub:
+def parse_event_id(text: str) -> tuple[int, str] | None:
+    """(seq, the hash's digits); None if it is not one of ours."""
+    number, dash, digits = text.partition("-")
+    ok = dash and number.isascii() and number.isdigit() and len(number) <= 18 and len(digits) == 16
+    return (int(number), digits) if ok else None
+
+
+def _event(change: PutValue | MarkDeleted | Destroy) -> bytes:
+    data: dict[str, object] = {"key": change.key, "version": change.version}
+    match change:
+        case PutValue():
+            kind, data["value"] = b"set", msgspec.Raw(change.value)
+        case MarkDeleted():
+            kind = b"delete" if change.deleted_ms else b"undelete"
+        case Destroy():
+            kind = b"destroy"
+    return b"event: %s\ndata: %s\n\n" % (kind, msgspec.json.encode(data))
+
+
+class WatchHub(Hub[Watcher]):
     """Fan-out of decided changes; free when nobody watches."""
 
     def __init__(self) -> None:
-        self._watchers: list[Watcher] = []
-        self._closed = False
+        super().__init__(MAX_WATCHERS)
 
-    def publish(self, kind: str, key: str, version: int, value: bytes | None = None) -> None:
-        for watcher in self._watchers:
-            if key.startswith(watcher.prefix) and not watcher.ended and watcher.may_read(key):
-                data = {"key": key, "version": version}
-                if value is not None:
-                    line = msgspec.json.encode({**data, "value": msgspec.Raw(value)})
-                else:
-                    line = msgspec.json.encode(data)
-                watcher.put(b"event: %s\ndata: %s\n\n" % (kind.encode(), line))
+    def publish(self, changes: tuple[Change, ...], position: Position) -> None:
+        for watcher in self.listeners:
+            if not watcher.ended and (lines := watcher.visible(changes, position)):
+                watcher.put(lines)
 
-    def recheck(self) -> None:
-        """Rights have changed: streams whose token is no longer valid end now."""
-        for watcher in self._watchers:
-            if not watcher.is_valid():
-                watcher.end()
-
-    def close(self) -> None:
-        self._closed = True
-        for watcher in self._watchers:
-            watcher.end()
-
-    def has_room(self) -> bool:
-        return len(self._watchers) < MAX_WATCHERS and not self._closed
-
-    async def stream(self, request: web.Request, watcher: Watcher, headers: dict[str, str]) -> (
-        web.StreamResponse
-    ):  # fmt: skip
-        """Serve one watcher until it hangs up, its token ends, or the node stops."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **headers})
-        response.force_close()  # the end of the stream is the end of the connection
-        await response.prepare(request)
-        self._watchers.append(watcher)
-        try:
-            await response.write(b": connected\n\n")
-            while not watcher.ended and not self._closed:
-                await response.write(await self._take(watcher))
-            if not self._closed:
-                await response.write(b"event: end\ndata: {}\n\n")
-        except ConnectionError:
-            pass  # it hung up: that is how these streams end
-        finally:
-            self._watchers.remove(watcher)
-        return response
-
-    async def _take(self, watcher: Watcher) -> bytes:
-        if not watcher.lines:
-            watcher.wake.clear()
-            try:
-                async with asyncio.timeout(KEEPALIVE_S):
-                    await watcher.wake.wait()
-            except TimeoutError:
-                if not watcher.is_valid():
-                    watcher.end()
-                return b": keepalive\n\n"
-        lost = b'event: lost\ndata: {"count":%d}\n\n' % watcher.lost if watcher.lost else b""
-        watcher.lost = 0
-        lines = b"".join(watcher.lines)
-        watcher.lines.clear()
-        return lost + lines
+    def lost(self) -> None:
+        """A snapshot has replaced what was here: nobody knows what changed."""
+        for watcher in self.listeners:
+            watcher.put(LOST)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from secure_store.core import primary, replica
+from secure_store.core import admission, feeding, greeting, handover, primary, replica
 from secure_store.core.effects import (
     Append,
     Arrive,
@@ -138,20 +138,20 @@ def step(state: PairState, event: Event) -> Effects:
         case Fetched(link, after_seq, records, now_ms):
             if _is_current(state, link):
                 if state.wished.role is Role.PRIMARY:
-                    primary.on_fetched(state, fx, after_seq, records, now_ms)
+                    feeding.on_fetched(state, fx, after_seq, records, now_ms)
                 else:
                     replica.send_tail(state, fx, records, now_ms)
         case LookedUp(link, _, position, now_ms):
             session = state.session
             if session and session.link == link and session.phase is Phase.LOOKING:
-                primary.compare(state, fx, position, now_ms)
+                greeting.compare(state, fx, position, now_ms)
         case SnapshotSent(link, position, now_ms):
             if _is_current(state, link):
-                primary.on_snapshot_sent(state, fx, position, now_ms)
+                feeding.on_snapshot_sent(state, fx, position, now_ms)
         case Promote(request, force, now_ms):
             replica.promote(state, fx, request, force, now_ms)
         case Leave(request, now_ms):
-            primary.leave(state, fx, request, now_ms)
+            handover.leave(state, fx, request, now_ms)
         case _:
             assert_never(event)
     return fx
@@ -167,7 +167,7 @@ def _arrive(state: PairState, fx: Effects, request: int, now_ms: int) -> None:
     ):
         fx.reject.append(Rejected(request, "Not the primary", not_primary=True))
         return
-    primary.arrive(state, fx, request, now_ms)
+    admission.arrive(state, fx, request, now_ms)
 
 
 def _persisted(state: PairState, fx: Effects, number: int, now_ms: int) -> None:
@@ -193,7 +193,7 @@ def _persisted(state: PairState, fx: Effects, number: int, now_ms: int) -> None:
         if message is not None:
             send(state, fx, message, now_ms)
         elif state.session is not None and state.session.dialed:
-            primary.greet(state, fx, now_ms)
+            greeting.greet(state, fx, now_ms)
         else:
             replica.welcome(state, fx, now_ms)
 
@@ -210,7 +210,7 @@ def _link_up(state: PairState, fx: Effects, link: int, dialed: bool, now_ms: int
     if state.in_flight:
         state.after_persist.append((state.numbers, link, None))
     else:
-        primary.greet(state, fx, now_ms)
+        greeting.greet(state, fx, now_ms)
 
 
 def _link_down(state: PairState, fx: Effects, link: int, now_ms: int) -> None:
@@ -218,7 +218,7 @@ def _link_down(state: PairState, fx: Effects, link: int, now_ms: int) -> None:
         return
     end_session(state, fx, None)
     if state.wished.role is Role.PRIMARY:
-        primary.link_lost(state, fx)
+        handover.link_lost(state, fx)
     elif state.promoting is not None:
         replica.promote_without_primary(state, fx, now_ms)
 
@@ -229,7 +229,7 @@ def _tick(state: PairState, fx: Effects, now_ms: int) -> None:
         if now_ms - session.heard_ms >= SILENCE_MS:
             end_session(state, fx, "nothing was heard on this link")
             if state.wished.role is Role.PRIMARY:
-                primary.link_lost(state, fx)
+                handover.link_lost(state, fx)
         elif now_ms - session.sent_ms >= PING_MS and session.phase is not Phase.GREETING:
             send(state, fx, Ping(), now_ms)
     if state.promoting is not None and (now_ms >= state.promoting[2] or state.session is None):
@@ -260,21 +260,21 @@ def _received(state: PairState, fx: Effects, link: int, message: Message, now_ms
 def _primary_received(state: PairState, fx: Effects, message: Message, now_ms: int) -> None:
     match message:
         case Welcome():
-            primary.on_welcome(state, fx, message, now_ms)
+            greeting.on_welcome(state, fx, message, now_ms)
         case Refuse(reason, epoch):
             if epoch > state.wished.epoch:
                 demote(state, fx, epoch)
                 end_session(state, fx, "replaced")
             else:
-                primary.refuse(state, fx, reason)
+                greeting.refuse(state, fx, reason)
         case Ack():
-            primary.on_ack(state, fx, message, now_ms)
+            feeding.on_ack(state, fx, message, now_ms)
         case Tail(records):
-            primary.on_tail(state, fx, records, now_ms)
+            greeting.on_tail(state, fx, records, now_ms)
         case SealRequest():
-            primary.on_seal_request(state, fx, now_ms)
+            handover.on_seal_request(state, fx, now_ms)
         case SealNoted():
-            primary.on_seal_noted(state, fx)
+            handover.on_seal_noted(state, fx)
         case Promoted(epoch):
             if epoch > state.wished.epoch:
                 demote(state, fx, epoch)

@@ -151,6 +151,7 @@ class OpFailed(Exception):
         super().__init__(str(cause))
         self.index = index
         self.cause = cause
+        self.numbered = True  # whether its client counts operations
 
 
 class Stored(Protocol):

@@ -26,6 +26,7 @@ VERBS: tuple[Verb, ...] = ("read", "write", "delete", "list", "audit", "admin")
 
 MAX_KEY_BYTES = 256
 MAX_RULES = 256
+MAX_DECIDED = 8_192  # verdicts remembered; forgotten when any policy changes
 
 
 class Effect(Enum):
@@ -198,17 +199,24 @@ class PolicySet:
     def __init__(self, roles: dict[str, tuple[Rule, ...]] | None = None) -> None:
         self.roles: dict[str, tuple[Rule, ...]] = dict(BUILT_IN_ROLES if roles is None else roles)
         self._compiled: dict[tuple[str, ...], CompiledRules] = {}
+        self._decided: dict[tuple[tuple[str, ...], Verb, str], bool] = {}
 
     def put(self, role: str, rules: tuple[Rule, ...]) -> None:
         """Replace one role's rules (already validated by check_rules)."""
         self.roles[role] = rules
         self._compiled.clear()
+        self._decided.clear()
 
     def allows(self, roles: tuple[str, ...], verb: Verb, key: str) -> bool:
         """Whether a principal with these roles may do `verb` on `key`; the roles' rules are
         pooled."""
-        compiled = self._compiled.get(roles)
-        return (compiled or self.compiled(roles)).allows(verb, key)
+        question = (roles, verb, key)
+        verdict = self._decided.get(question)
+        if verdict is None:
+            if len(self._decided) >= MAX_DECIDED:
+                self._decided.clear()
+            verdict = self._decided[question] = self.compiled(roles).allows(verb, key)
+        return verdict
 
     def rules(self, roles: tuple[str, ...]) -> list[Rule]:
         """The pooled rules of these roles."""

@@ -29,7 +29,7 @@ from pathlib import Path
 import msgspec
 
 from secure_store.config import ConfigError
-from secure_store.core.audit import Entry, Head, make_line
+from secure_store.core.audit import Chainer, Entry, Head
 from secure_store.storage.audit_files import (
     Sink,
     entries_after,
@@ -175,6 +175,7 @@ class AuditLog:
         self._node_id = node_id
         self._log_id = log_id
         self._key = keyring.audit_mac_key
+        self._chainer = Chainer(self._key)
         self._signer = keyring.signer
         self._path = paths[0]
         self._on_state = on_state  # (failure or None) on the loop, when it changes
@@ -288,7 +289,7 @@ class AuditLog:
             ts=self.stamp(at_ms),
             who=who,
         )
-        line, mac = make_line(self._key, self._last[1], entry)
+        line, mac = self._chainer.line(self._last[1], entry)
         self._last = end = (seq, mac)
         if self._watching is None and self._loop is not None:
             self._watching = self._loop.call_later(WATCH_S, self._watch)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from secure_store.core.kv import Damaged
 from secure_store.storage.connection import (
     HEAD,
     expiring,
@@ -73,12 +74,13 @@ class Reseal:
     def __init__(self, target: int) -> None:
         self.target = target
         self.resealed = 0
+        self.damaged = 0
         self._at = 0
         self._after = _TABLES[0].before_first
 
     def slice(self, database: Database) -> bool:
-        """The next rows, inside the caller's transaction; True when the pass is through. Raises
-        Damaged for a row that does not open."""
+        """The next rows, inside the caller's transaction; True when the pass is through. A row that
+        does not open is counted and left as it is (then its data key must be kept)."""
         table = _TABLES[self._at]
         rows = database.db.execute(table.page, (self._after,)).fetchall()
         size = 0
@@ -99,7 +101,11 @@ class Reseal:
     def _one(self, database: Database, table: _Table, identity: list[Any], head: bytes) -> int:
         (sealed,) = database.db.execute(table.read, identity[:1]).fetchone()
         name = table.seal_name(*identity)
-        anew = database.keyring.seal(name, database.keyring.open(name, sealed))
+        try:
+            anew = database.keyring.seal(name, database.keyring.open(name, sealed))
+        except Damaged:
+            self.damaged += 1
+            return 0
         database.db.execute(table.write, (anew, identity[0]))
         if table.mark_name is not None and identity[0] != "tally":
             database.went(table.mark_name(*identity), head)

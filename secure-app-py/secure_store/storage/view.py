@@ -22,12 +22,16 @@ from secure_store.core.changes import (
     Remember,
     RevokeToken,
     UseToken,
+    decode_changes,
 )
 from secure_store.core.kv import KeyState
 from secure_store.core.policy import PolicySet, Rule
+from secure_store.core.records import Position
 from secure_store.storage.database import Database, Remembered
 
 CACHE_BYTES = 64 << 20
+REPLAY_RECORDS = 1024
+REPLAY_BYTES = 4 << 20
 _ENTRY_BYTES = 300  # a cached entry's own cost, besides key and value
 
 
@@ -119,6 +123,19 @@ class View:
         """The same of any key with this prefix."""
         states = self._head.states.items()
         return any(seq > shown_seq and key.startswith(prefix) for key, (_, seq) in states)
+
+    def decided_after(
+        self, seq: int, hash_digits: str, shown_seq: int
+    ) -> list[tuple[tuple[Change, ...], Position]] | None:
+        """The decided records after record `seq`, whose hash begins with these hex digits. None if
+        that is not in this history, or what followed is no longer kept, or too much."""
+        position = self._database.position(seq)
+        if position is None or seq > shown_seq or position.hash.hex()[:16] != hash_digits:
+            return None
+        records = self._database.read_log(seq, REPLAY_RECORDS, REPLAY_BYTES)
+        if records is None or (records and records[-1].seq < shown_seq):
+            return None
+        return [(decode_changes(r.payload), r.position) for r in records if r.seq <= shown_seq]
 
     # --- what reads see -----------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from secure_store.core.records import Record
 from secure_store.storage.database import Database
 
 LAZY_APPLY_S = 0.05
+JOB_PAUSE_S = 0.02
 LOG_RECORDS = 20_000
 LOG_BYTES = 64 << 20
 
@@ -74,6 +76,9 @@ class Writer:
         self._told = self._told_wished = database.load_told()
         self._installs = 0
         self.commits = 0
+        self._job: Callable[[Database], bool] | None = None
+        self._job_done: Callable[[], None] | None = None
+        self._job_at_s = 0.0
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
     def start(self) -> None:
@@ -99,6 +104,15 @@ class Writer:
             if installs == self._installs:
                 self._told_wished = told
 
+    def background(
+        self, job: Callable[[Database], bool], on_done: Callable[[], None] | None = None
+    ) -> None:
+        """Do `job` between commits, each step in a transaction of its own, until it returns True;
+        then call `on_done` (on this thread). It replaces a job that is under way."""
+        with self._lock:
+            self._job, self._job_done, self._job_at_s = job, on_done, 0.0
+            self._lock.notify()
+
     def stop(self) -> None:
         """Write what is queued, then end the thread."""
         with self._lock:
@@ -109,20 +123,47 @@ class Writer:
     def _run(self) -> None:
         try:
             while (work := self._take()) is not None:
-                number = self._write(work)
-                self._on_durable(number, self._applied_seq)
+                if work.persist or work.apply:
+                    number = self._write(work)
+                    self._on_durable(number, self._applied_seq)
+                if self._job is not None and time.monotonic() >= self._job_at_s:
+                    self._step(self._job)
         except (sqlite3.Error, Damaged, OSError, msgspec.MsgspecError) as e:
             self._on_failed(f"the database cannot be written: {e}")
 
     def _take(self) -> _Work | None:
         with self._lock:
             while not (self._urgent or self._stopping):
-                waited_in_vain = not self._lock.wait(LAZY_APPLY_S if self._work.apply else None)
+                wait_s = LAZY_APPLY_S if self._work.apply else None
+                if self._job is not None:
+                    job_s = self._job_at_s - time.monotonic()
+                    if job_s <= 0:
+                        break
+                    wait_s = min(job_s, wait_s or job_s)
+                waited_in_vain = not self._lock.wait(wait_s)
                 if waited_in_vain and self._work.apply:
                     break
             work, self._work = self._work, _Work()
             self._urgent = False
-            return work if work.persist or work.apply else None
+            ended = self._stopping and not (work.persist or work.apply)
+            return None if ended else work
+
+    def _step(self, job: Callable[[Database], bool]) -> None:
+        """One step of the background job."""
+        self._database.begin()
+        try:
+            through = job(self._database)
+            self._database.commit()
+        except BaseException:
+            self._database.rollback()
+            raise
+        done = None
+        with self._lock:
+            self._job_at_s = time.monotonic() + JOB_PAUSE_S
+            if through and self._job is job:
+                done, self._job, self._job_done = self._job_done, None, None
+        if done is not None:
+            done()
 
     def _write(self, work: _Work) -> int:
         """One transaction; returns the number of its last persist operation (0: none)."""
