@@ -1,8 +1,9 @@
 """Mutual exclusion and fencing judged by time: who certainly held what, when.
 
 Kinds: `acquire` (key: the lock; argument {"type", "permits", "limit", "ttl_ms"}, all optional;
-result: the fencing token), `release`, `release_all`, `keepalive` (argument {"ttl_ms"}, optional),
-`force_release` (by anybody) and `downgrade`. The client is the process.
+result: the fencing token; several locks granted by one token are one operation each, with the same
+"together" in their arguments), `release`, `release_all`, `keepalive` (argument {"ttl_ms"},
+optional), `force_release` (by anybody) and `downgrade`. The client is the process.
 
 A hold is certain from the completion of its acquire to the invocation of its release, or to the end
 of its lease counted from the *invocation* of the acquire (that is how a careful client counts), or
@@ -123,7 +124,7 @@ def _tokens(holds: list[Hold]) -> Verdict | None:
     owners: dict[int, Hold] = {}
     for hold in holds:
         other = owners.setdefault(hold.token, hold)
-        if other is not hold and (other.lock, other.client) != (hold.lock, hold.client):
+        if other is not hold and not _one_grant(other, hold):
             return Verdict(
                 False, f"fencing token {hold.token} given twice", (other.acquire, hold.acquire)
             )
@@ -142,6 +143,15 @@ def _tokens(holds: list[Hold]) -> Verdict | None:
                 (greatest.acquire, hold.acquire),
             )
     return None
+
+
+def _one_grant(one: Hold, other: Hold) -> bool:
+    if one.client != other.client:
+        return False
+    together = (one.acquire.argument or {}).get("together")
+    return one.lock == other.lock or (
+        together is not None and together == (other.acquire.argument or {}).get("together")
+    )
 
 
 def _overlaps(holds: list[Hold]) -> Verdict | None:

@@ -162,16 +162,16 @@ class Lock:
     """A lock with fencing tokens: exclusive, shared and semaphore holds of one name.
 
     acquire {"type": exclusive|shared|semaphore, "permits": n, "limit": m} -> token; release
-    {"token"?} -> True, or False (not held). Both by `operation.process`. Tokens of a lock grow with
-    every grant; acquiring again what one holds keeps its token. For leases, waiting and tokens
-    across locks use `checkers.locks`, which judges by time.
+    {"token"?} -> True, or False (not held); both by `operation.process`. read -> {holder: token}.
+    Tokens of a lock grow with every grant; acquiring again what one holds keeps its token. For
+    leases, waiting and tokens across locks use `checkers.locks`, which judges by time.
     """
 
     def initial(self) -> Hashable:
         return ((), 0)  # holds (client, type, permits, limit, token), greatest token
 
     def is_read(self, operation: Operation) -> bool:
-        return (
+        return operation.kind == "read" or (
             operation.kind == "release" and operation.status == "ok" and operation.result is False
         )
 
@@ -209,8 +209,21 @@ class Lock:
                 if known and not mine:
                     return ILLEGAL
                 return (tuple(others), greatest)
+            case "read":
+                return _seen(state, operation.result) if known else state
             case kind:
                 raise ValueError(f"a lock knows no {kind!r}")
+
+
+def _seen(state: Any, holders: dict[str, int]) -> Hashable | _Illegal:
+    """The state after somebody saw exactly these holders; a token may be learnt only now."""
+    holds, greatest = state
+    if {hold[0] for hold in holds} != holders.keys():
+        return ILLEGAL
+    if any(hold[4] not in (-1, holders[hold[0]]) for hold in holds):
+        return ILLEGAL
+    learnt = tuple((*hold[:4], holders[hold[0]]) for hold in holds)
+    return (learnt, max(greatest, *holders.values(), 0))
 
 
 def _compatible(wanted: tuple[str, int, int], others: list[tuple[Any, ...]]) -> bool:

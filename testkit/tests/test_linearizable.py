@@ -103,8 +103,18 @@ GOOD: dict[str, tuple[Model, list[Operation]]] = {
             ("a", "acquire", None, 9, 10, 8),
         ),
     ),
+    "a lock that is seen to be held, free, and held by one of unknown fate": (
+        Lock(),
+        history(
+            ("a", "acquire", None, 0, 1, 1),
+            ("r", "read", None, 2, 3, {"a": 1}),
+            ("a", "release", None, 4, 5, True),
+            ("r", "read", None, 6, 7, {}),
+            ("b", "acquire", None, 6, None, None),
+            ("r", "read", None, 8, 9, {"b": 4}),
+        ),
+    ),
 }
-
 BAD: dict[str, tuple[Model, list[Operation]]] = {
     "a stale read": (
         Register(),
@@ -184,6 +194,18 @@ BAD: dict[str, tuple[Model, list[Operation]]] = {
             ("a", "acquire", {"type": "semaphore", "permits": 2, "limit": 3}, 0, 1, 1),
             ("b", "acquire", {"type": "semaphore", "permits": 2, "limit": 3}, 2, 3, 2),
         ),
+    ),
+    "a holder that was seen after its release": (
+        Lock(),
+        history(
+            ("a", "acquire", None, 0, 1, 1),
+            ("a", "release", None, 2, 3, True),
+            ("r", "read", None, 4, 5, {"a": 1}),
+        ),
+    ),
+    "a holder seen with a token that is not its": (
+        Lock(),
+        history(("a", "acquire", None, 0, 1, 1), ("r", "read", None, 4, 5, {"a": 2})),
     ),
     "released yet refused": (
         Lock(),

@@ -30,6 +30,7 @@ def history(*rows: Row) -> list[Operation]:
 
 SHARED = {"type": "shared"}
 LEASE = {"ttl_ms": 100}
+TOGETHER = {"together": "r1"}
 TWO_OF_THREE = {"type": "semaphore", "permits": 2, "limit": 3}
 ONE_OF_THREE = {"type": "semaphore", "permits": 1, "limit": 3}
 
@@ -67,6 +68,9 @@ GOOD = {
         ("root", "force_release", "l", None, 2, 3, None),
         ("b", "acquire", "l", None, 4, 5, 2),
     ),
+    "several locks by one grant": history(
+        ("a", "acquire", "l", TOGETHER, 0, 1, 1), ("a", "acquire", "m", TOGETHER, 0, 2, 1)
+    ),
     "concurrent grants may be numbered either way": history(
         ("a", "acquire", "l", None, 0, 10, 2), ("b", "acquire", "m", None, 0, 9, 1)
     ),
@@ -99,6 +103,9 @@ BAD = {
     ),
     "one token twice": history(
         ("a", "acquire", "l", None, 0, 10, 5), ("b", "acquire", "m", None, 0, 10, 5)
+    ),
+    "one token for two grants of one client": history(
+        ("a", "acquire", "l", TOGETHER, 0, 10, 5), ("a", "acquire", "m", None, 0, 10, 5)
     ),
     "the old token after a new grant": history(
         ("a", "acquire", "l", None, 0, 1, 1),
