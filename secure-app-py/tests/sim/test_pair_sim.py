@@ -42,3 +42,15 @@ def test_a_forced_promotion_sets_aside_what_it_cannot_keep() -> None:
     coverage = many(scenarios("secure")["forced"], seeds(30))
     for what in ("promoted", "demoted", "quarantined", "quarantined_ack"):
         coverage.require(what)
+
+
+def test_a_replica_that_lost_its_disk_is_filled_again_and_nothing_is_lost() -> None:
+    coverage = many(scenarios("secure")["wiped_replica"], seeds(15))
+    for what in ("ack", "degraded_ack", "wiped_replica", "sent_snapshot", "in_step"):
+        coverage.require(what)
+
+
+def test_a_primary_that_lost_its_disk_does_not_empty_its_replica() -> None:
+    coverage = many(scenarios("secure")["wiped_primary"], seeds(15))
+    for what in ("ack", "refused", "turned_away", "promoted", "replaced_primary"):
+        coverage.require(what)
