@@ -191,6 +191,12 @@ def verify(path: Path, master: bytes, into: Path) -> tuple[Manifest, Keyring]:
     return manifest, keyring
 
 
+def read_manifest(path: Path) -> Manifest:
+    """What a backup says that it is of (not verified); raises BackupError, OSError."""
+    with path.open("rb") as f:
+        return _read_manifest(f, path)[0]
+
+
 def _read_manifest(f: BinaryIO, path: Path) -> tuple[Manifest, bytes]:
     """(manifest, every byte up to its end)."""
     head = f.read(len(MAGIC) + 4)

@@ -35,7 +35,7 @@ def load_tokens(config: Config) -> dict[bytes, Principal]:
             return {}
         return {plain_hash(t): Principal(f"demo:{r}", (r,)) for t, r in DEMO_TOKENS.items()}
     path = config.tokens_file
-    entries = _read(path, "--tokens_file", list[StaticToken])
+    entries = read_tokens_file(path)
     tokens: dict[bytes, Principal] = {}
     for entry in entries:
         what = f"--tokens_file: {path}: token {entry.name!r}"
@@ -58,6 +58,11 @@ def load_tokens(config: Config) -> dict[bytes, Principal]:
             raise ConfigError(f"{what}: is a demo token, which everybody knows")
         tokens[hashed] = Principal(f"file:{entry.name}", entry.roles)
     return tokens
+
+
+def read_tokens_file(path: Path) -> list[StaticToken]:
+    """What stands in a --tokens_file; raises ConfigError."""
+    return _read(path, "--tokens_file", list[StaticToken])
 
 
 def load_policies(config: Config) -> dict[str, tuple[Rule, ...]] | None:

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import ipaddress
 import ssl
+import sys
 from pathlib import Path
 
 from cryptography import x509
@@ -173,6 +174,19 @@ def certificate_problems(path: Path) -> list[str]:
     if left.total_seconds() <= 0:
         return [f"certificate {path}: has expired; the nodes no longer accept each other"]
     return [f"certificate {path}: expires in {left.days} days"] if left.days < 14 else []
+
+
+def key_problems(cert: Path, key: Path) -> list[str]:
+    """What an operator should know about a private key file; empty if all is well."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key)
+        mode = key.stat().st_mode
+    except (ssl.SSLError, OSError) as e:
+        return [f"{cert} and {key}: {_reason(e)}"]
+    if sys.platform != "win32" and mode & 0o077:
+        return [f"{key} is readable by others: chmod 600 it"]
+    return []
 
 
 def _general_name(host: str) -> x509.GeneralName:

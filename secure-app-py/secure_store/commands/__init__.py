@@ -1,0 +1,1 @@
+"""The operator's commands: `main.py cert | key | token | policy | audit | backup | restore | …`."""
