@@ -18,12 +18,14 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, assert_never
 
+from message_queue.admission import Place
 from message_queue.api.events import EventHub
 from message_queue.clocks import monotonic_ms, wall_ms
 from message_queue.config import Config
+from message_queue.copying import read_page
 from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
 from message_queue.core.ids import unpack_dot
-from message_queue.core.messages import Copy, PeerMessage, Spans
+from message_queue.core.messages import RING_PARTITION, PeerMessage, Spans
 from message_queue.core.operations import (
     Answer,
     Forward,
@@ -32,14 +34,16 @@ from message_queue.core.operations import (
     NodeMessage,
     Operation,
 )
-from message_queue.core.placement.ring import Ring
-from message_queue.core.replication.config import ReplicationConfig
+from message_queue.core.placement.membership import nodes
+from message_queue.core.replication.config import NEVER_MS, ReplicationConfig
 from message_queue.core.replication.dots import joined, runs_in
 from message_queue.core.replication.drafts import Accepted, NotOwner
-from message_queue.core.replication.effects import Effects, Gained, Lost, Note, Read
+from message_queue.core.replication.effects import Effects, Gained, Lost, Read
 from message_queue.core.replication.replicator import Replicator
 from message_queue.hosting import Host
 from message_queue.metrics import Metrics
+from message_queue.notes import Notes
+from message_queue.ring_keeper import RingKeeper
 from message_queue.routing import Router
 from message_queue.storage.data_dir import DataDir
 from message_queue.storage.log import Fsync, Trouble
@@ -53,6 +57,7 @@ AnyMessage = PeerMessage | NodeMessage
 TICK_S = 0.01
 CORE_TICK_MS = 50
 WATCH_MS = 200
+GENESIS_MS = 3_000
 BATCHES_IN_FLIGHT = 1
 BATCH_BYTES = 4 << 20
 METADATA_SHARE = 2
@@ -63,34 +68,41 @@ class Node:
     """Made by `open`; then `attach` the links, `start`, and at the end `stop`."""
 
     def __init__(
-        self, config: Config, metrics: Metrics, events: EventHub, incarnation: int
+        self, config: Config, place: Place, metrics: Metrics, events: EventHub, data_dir: DataDir
     ) -> None:
         self.config = config
         self.metrics = metrics
         self.events = events
-        self.incarnation = incarnation
-        self.ring = Ring(range(len(config.peers)), config.virtual_nodes, config.replication_factor)
+        self.incarnation = data_dir.next_incarnation(wall_ms())
         self.hosts: dict[int, Host] = {}
         self.router = Router(self)
         self.halted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.stopping = False
-        self.ids: dict[int, str] = {config.position: config.node_id}
-        self.addresses = {n: str(peer) for n, peer in enumerate(config.peers)}
+        self.keeper = RingKeeper(self, place, data_dir.path)
+        members = nodes(place.ring)
+        self.ids = {n: member.id for n, member in members.items()} | {
+            config.position: config.node_id
+        }
+        self.addresses = {n: member.addr for n, member in members.items()} | {
+            config.position: str(config.addr)
+        }
         """As each node announces itself; `--peers` may name a proxy."""
         self.changed = asyncio.Event()
         """Set (and renewed) whenever an owner changed: who waits for one looks again."""
         self.store: Store
         self.replicator: Replicator
-        self._links: Links[AnyMessage]
+        self.links: Links[AnyMessage]
         self._flushing: list[Host] = []
-        self._timed: set[Host] = set()
         self._time_matters = asyncio.Event()
-        self._told: set[tuple[str, int]] = set()
+        self._timed: set[Host] = set()
         """Hosts in which something waits for a moment: an idle node looks at none."""
+        self._notes = Notes(metrics, events)
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving = Serving(self.send, self.router.here, self.router.begin_here)
         self._keep_bodies = True
         self._memory_full = False
+        self.memory_used = 0
+        """About what messages take in memory, in bytes (as of the last tick)."""
         self._leases_due: dict[int, int] = {}
         self._serves: dict[int, bool] = {}
         self._serves_ms = 0
@@ -98,10 +110,10 @@ class Node:
 
     @classmethod
     async def open(
-        cls, config: Config, metrics: Metrics, events: EventHub, data_dir: DataDir
+        cls, config: Config, place: Place, metrics: Metrics, events: EventHub, data_dir: DataDir
     ) -> Node:
         """Recover what the data directory holds. Raises OSError."""
-        node = cls(config, metrics, events, data_dir.next_incarnation(wall_ms()))
+        node = cls(config, place, metrics, events, data_dir)
         node.store = await Store.open(
             data_dir.path / "log",
             segment_bytes=config.segment_bytes,
@@ -115,9 +127,11 @@ class Node:
         node.replicator = Replicator(
             ReplicationConfig(
                 node=config.position,
-                nodes=len(config.peers),
+                nodes=len(place.ring.members),
                 incarnation=node.incarnation,
-                preference=node.ring.preference,
+                membership=place.ring,
+                pauses=True,
+                genesis_ms=GENESIS_MS if config.found_with_majority else NEVER_MS,
                 fresh=not node.store.states,
                 seed=node.incarnation,
                 wall_ms=wall_ms(),
@@ -143,7 +157,7 @@ class Node:
 
     def attach(self, links: Links[AnyMessage]) -> None:
         """The links exist."""
-        self._links = links
+        self.links = links
 
     def start(self) -> None:
         """Begin to take part."""
@@ -153,7 +167,7 @@ class Node:
     async def stop(self) -> None:
         """Hand every partition over, flush, close. Within 3 s."""
         self.stopping = True
-        self._wake()
+        self.wake()
         self._leases_due.clear()
         self._pass_leases_on(monotonic_ms())
         self.apply(self.replicator.yield_all(monotonic_ms()))
@@ -179,12 +193,14 @@ class Node:
         if fx.batch:
             self.store.persist(fx.batch, fx.persist)
         if fx.send:
-            self._links.send_all(fx.send)
+            self.links.send_all(fx.send)
         for read in fx.reads:
             self.spawn(self._read(read))
         for lost in fx.lost:
             self._lost(lost)
         for gained in fx.gained:
+            if gained.partition == RING_PARTITION:
+                continue  # no queue lives there
             self.spawn(self._gained(gained))
         now_ms = self.cluster_ms() if fx.committed else 0
         for committed in fx.committed:
@@ -193,8 +209,13 @@ class Node:
                 host.committed(committed.upto, now_ms)
         for partition, spans in fx.forget:
             self.store.forget(partition, spans)
+        for partition in fx.pausing:
+            self._pause(partition)
+        if fx.ring is not None:
+            self.keeper.adopted(fx.ring)
         for note in fx.notes:
-            self._note(note)
+            self._notes.tell(note)
+            self.keeper.told(note)
 
     def _durable(self, batch: int) -> None:
         self.apply(self.replicator.durable(batch, monotonic_ms()))
@@ -204,7 +225,7 @@ class Node:
         if host is not None and host.owner.epoch == lost.epoch:
             del self.hosts[lost.partition]
             host.end(lost.clean)
-        self._wake()
+        self.wake()
 
     async def _gained(self, gained: Gained) -> None:
         """Build the delivery machine. What the node's own disk does not have yet is on its way."""
@@ -244,46 +265,19 @@ class Node:
         self.hosts[partition] = host
         self.time_matters(host)
         host.after()
-        self._wake()
+        self.wake()
 
     def owns(self, partition: int) -> bool:
         """This node is the owner as far as it knows."""
         return self.replicator.owner(partition) == self.config.position
 
     async def _read(self, read: Read) -> None:
-        """Bodies for a peer that copies a partition: as many as fit, in order."""
-        found: list[Copy] = []
-        unreadable: list[tuple[int, int, int]] = []
-        size = 0
-        for first, last, epoch in ((f, t, e) for e, f, t in read.wanted):
-            for start in range(first, last + 1, 64):
-                dots = [(epoch, seq) for seq in range(start, min(start + 64, last + 1))]
-                try:
-                    bodies, damaged = await self.store.read(read.partition, dots)
-                except OSError as e:
-                    log.error("cannot read the log: %s", e)
-                    return  # the peer asks again
-                found += [Copy(*body) for body in bodies]
-                unreadable += [(e, s, s) for e, s in damaged]
-                size += sum(len(meta) + len(body) for _, _, meta, body in bodies)
-                if size >= read.max_bytes:
-                    break
-            if size >= read.max_bytes:
-                break
-        found.sort(key=lambda copy: (copy.epoch, copy.seq))
-        lost = tuple(sorted(unreadable))
-        self.apply(self.replicator.bodies_read(read, tuple(found), lost, monotonic_ms()))
-
-    def _note(self, note: Note) -> None:
-        told = (note.name, note.partition)
-        level = logging.WARNING if note.name in _LOUD and told not in self._told else logging.DEBUG
-        self._told.add(told)
-        log.log(level, "partition %d epoch %d: %s %s", note.partition, note.epoch, note.name,
-                note.detail)  # fmt: skip
-        self.metrics.notes[note.name] = self.metrics.notes.get(note.name, 0) + 1
-        self.events.publish(
-            note.name, partition=note.partition, epoch=note.epoch, detail=note.detail
-        )
+        try:
+            found, lost = await read_page(self.store, read)
+        except OSError as e:
+            log.error("cannot read the log: %s", e)
+            return  # the peer asks again
+        self.apply(self.replicator.bodies_read(read, found, lost, monotonic_ms()))
 
     # ── what hosts ask (see hosting.Surroundings) ───────────────────────────────────────────────
 
@@ -371,7 +365,7 @@ class Node:
 
     def send(self, position: int, message: NodeMessage) -> bool:
         """Queue a message for a peer."""
-        return self._links.send(position, message)
+        return self.links.send(position, message)
 
     def on_batch(self, position: int, incarnation: int, batch: Sequence[AnyMessage]) -> None:
         """A frame came in."""
@@ -395,6 +389,7 @@ class Node:
         self.metrics.peers_connected += 1
         self.ids[hello.position] = hello.node_id
         self.addresses[hello.position] = hello.addr
+        self.keeper.heard(hello.position, hello.addr, hello.node_id)
         self.events.publish("peer_up", position=hello.position, id=hello.node_id)
         log.info("link to %s is up", hello.node_id)
         self.apply(self.replicator.peer_connected(hello.position, monotonic_ms()))
@@ -407,7 +402,7 @@ class Node:
         self.router.forwards.peer_lost(position)
         self._serving.peer_lost(position)
         self.apply(self.replicator.peer_disconnected(position, monotonic_ms()))
-        self._wake()
+        self.wake()
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────
 
@@ -445,7 +440,15 @@ class Node:
         used = sum(h.owner.memory_bytes for h in self.hosts.values())
         limit = self.config.memory_bytes
         self._keep_bodies = used < limit
-        self._memory_full = used + self.store.index_bytes > limit + METADATA_SHARE * limit
+        self.memory_used = used + self.store.index_bytes
+        self._memory_full = self.memory_used > limit + METADATA_SHARE * limit
+
+    def _pause(self, partition: int) -> None:
+        """A partition is about to be handed over and hands nothing out any more: its leases as they
+        stand now go along, so that the successor delivers nothing twice."""
+        host = self.hosts.get(partition)
+        leases = host.owner.leases() if host is not None else None
+        self.apply(self.replicator.paused(partition, leases, monotonic_ms()))
 
     def _pass_leases_on(self, now_ms: int) -> None:
         for partition, host in self.hosts.items():
@@ -471,7 +474,14 @@ class Node:
             log.error("a background task failed", exc_info=failure)
             self._halt(f"a background task failed: {failure}")
 
-    def _wake(self) -> None:
+    async def changes(self, timeout_s: float) -> None:
+        """Until an owner or the ring changes, or the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.changed.wait()
+
+    def wake(self) -> None:
+        """Something changed that others may wait for."""
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -486,9 +496,3 @@ class Node:
         else:
             log.error("%s: new messages are refused, acks are still taken", trouble.value)
         self.events.publish("disk", trouble=trouble.value if trouble else None)
-
-
-_LOUD = frozenset(
-    {"damaged", "disk_lost", "implausible", "origin_conflict", "outlived", "puts_lost"}
-)
-"""Said once a partition; the rest is on /events and in the metrics."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ import msgspec
 
 from message_queue.api.keys import WrongNode
 from message_queue.core.ids import parse_id
+from message_queue.core.messages import RING_PARTITION
 from message_queue.core.operations import (
     Answer,
+    ChangeRing,
     Configure,
     Consume,
     Direct,
@@ -134,7 +137,7 @@ class Router:
         node = self._node
         loop = asyncio.get_running_loop()
         partition = target_of(op)
-        if partition is None or partition >= PARTITIONS:
+        if partition is None or (partition >= PARTITIONS and not isinstance(op, ChangeRing)):
             return Delivered(refusal(404, "Message not found"))
         wait_s = op.wait_ms / 1000 if isinstance(op, Consume) else 0.0
         began_s = loop.time() if began_s is None else began_s
@@ -152,8 +155,9 @@ class Router:
                     return Delivered(unknown_outcome("No answer in time"))
             if delivered is not None:
                 return delivered
-            if node.stopping:
-                return Delivered(certain_refusal("Node is stopping"))
+            if node.stopping or node.keeper.departed:
+                why = "Node is stopping" if node.stopping else "Node has left the cluster"
+                return Delivered(certain_refusal(why))
             now_s = loop.time()
             if wait_s and now_s - asked_s > NO_OWNER_S / 2:
                 # It stood in line somewhere until that owner went: patience begins anew.
@@ -183,7 +187,7 @@ class Router:
         if position is None or position == node.config.position:
             return None
         if not forward:
-            raise WrongNode(node.addresses[position])
+            raise WrongNode(node.addresses.get(position))
         return await self._forward(position, op, timeout_s)
 
     def _tell(self, queue: str, partition: int) -> None:
@@ -208,6 +212,9 @@ class Router:
         node = self._node
         if isinstance(op, ListQueues):
             return Delivered(Answer(200, msgspec.json.encode(self._queues_here())))
+        if isinstance(op, ChangeRing):
+            changed = await node.keeper.change(op) if not node.stopping else None
+            return Delivered(changed) if changed is not None else None
         partition = target_of(op)
         host = node.hosts.get(partition) if partition is not None else None
         if host is None or node.stopping or not node.may_serve(host.partition):
@@ -231,12 +238,7 @@ class Router:
         return Delivered(asked.answer, asked.undo if leased else None)
 
     async def _owner_changed(self, timeout_s: float) -> None:
-        changed = self._node.changed
-        try:
-            async with asyncio.timeout(timeout_s):
-                await changed.wait()
-        except TimeoutError:
-            return
+        await self._node.changes(timeout_s)
 
     # ── operations on several partitions ────────────────────────────────────────────────────────
 
@@ -315,7 +317,7 @@ class Router:
     async def queues(self) -> dict[str, object]:
         """See `api.keys.Service`."""
         node = self._node
-        others = [p for p in range(len(node.config.peers)) if p != node.config.position]
+        others = [p for p in node.addresses if p != node.config.position]
         answers = await asyncio.gather(*(self._queues_of(position) for position in others))
         found = {str(q["queue"]): q for q in msgspec.json.decode(
             msgspec.json.encode(self._queues_here()), type=list[dict[str, Any]])}  # fmt: skip
@@ -350,28 +352,28 @@ class Router:
         node = self._node
         position = node.replicator.owner(partition)
         return {
-            "owner": node.addresses[position] if position is not None else None,
-            "replicas": [node.addresses[p] for p in node.ring.preference[partition]],
+            "owner": node.addresses.get(position) if position is not None else None,
+            "replicas": [
+                node.addresses[p]
+                for p in node.replicator.replicas(partition)
+                if p in node.addresses
+            ],
             "epoch": node.replicator.epoch(partition),
         }
 
     def ring(self, queue: str | None) -> dict[str, object]:
         """See `api.keys.Service`."""
         node = self._node
+        ring = node.replicator.ring
+        owners = (node.replicator.owner(p) for p in range(PARTITIONS))
+        owned = Counter(position for position in owners if position is not None)
         one = [_partition_of(queue)] if queue is not None else range(PARTITIONS)
         found: dict[str, object] = {
-            "version": node.ring.version,
-            "virtual_nodes": node.ring.virtual_nodes,
-            "replication_factor": node.config.replication_factor,
-            "nodes": [
-                {
-                    "position": position,
-                    "id": node.ids.get(position),
-                    "addr": addr,
-                    "owned": sum(node.replicator.owner(p) == position for p in range(PARTITIONS)),
-                }
-                for position, addr in sorted(node.addresses.items())
-            ],
+            "version": ring.version,
+            "virtual_nodes": ring.virtual_nodes,
+            "replication_factor": ring.copies,
+            "change": node.keeper.progress(),
+            "nodes": node.keeper.described(owned),
             "partitions": [{"partition": p, **self._where(p)} for p in one],
         }
         if queue is not None:
@@ -390,7 +392,8 @@ class Router:
             "cluster_ms": node.cluster_ms(),
             "owned_partitions": len(node.hosts),
             "peers_connected": node.metrics.peers_connected,
-            "messages": sum(len(h.owner.delivery.entries) for h in node.hosts.values()),
+            "messages": sum(h.owner.delivery.held for h in node.hosts.values()),
+            "message_memory_bytes": node.memory_used,
             "disk": node.store.trouble.value if node.store.trouble else "ok",
             "storage": node.store.figures(),
         }
@@ -399,11 +402,17 @@ class Router:
         """See `api.keys.Service`."""
         if self._node.stopping:
             return "stopping"
+        if self._node.keeper.departed:
+            return "this node has left the cluster"
         if not self._ownerless_since:
             return None
         now_s = asyncio.get_running_loop().time()
         absent = sum(now_s - since > HANDOVER_S for since in self._ownerless_since.values())
         return f"{absent} of {PARTITIONS} partitions have no owner" if absent else None
+
+    async def change_ring(self, join: bool, addr: str) -> Answer:
+        """See `api.keys.Service`."""
+        return await self.ask(ChangeRing(join, addr))
 
     def watch_owners(self, now_s: float) -> None:
         """Note which partitions are without an owner, and since when. A planned hand-over leaves
@@ -423,7 +432,13 @@ def target_of(op: Operation) -> int | None:
     """The partition that an operation belongs to."""
     if isinstance(op, Settle | Nack | Extend):
         return op.partition
-    return None if isinstance(op, ListQueues) else _partition_of(op.queue)
+    match op:
+        case ListQueues():
+            return None
+        case ChangeRing():
+            return RING_PARTITION
+        case _:
+            return _partition_of(op.queue)
 
 
 def _held(figures: dict[str, Any]) -> int:

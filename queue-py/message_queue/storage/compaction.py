@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,8 +105,9 @@ class Housekeeper:
 
     # ── snapshots ───────────────────────────────────────────────────────────────────────────────
 
-    async def snapshot(self) -> bool:
-        """Write one. False when the disk has no room for it: acks go first. Raises OSError."""
+    async def snapshot(self, without: Container[int] = ()) -> bool:
+        """Write one that does not rest on the segments `without`: nothing needed is in them. False
+        when the disk has no room for it: acks go first. Raises OSError."""
         size = 48 * self._index.count() + self._index.extra_bytes + (1 << 20)
         if self._log.trouble is not None or not await self._log.has_room(size):
             await self.drop_snapshot()
@@ -132,7 +133,7 @@ class Housekeeper:
                     await asyncio.sleep(0)
             await self._barrier()
             await self._log.synced()
-            marks = tuple(self._log.marks())
+            marks = tuple(m for m in self._log.marks() if m.segment not in without)
             end = End(frames, sys.byteorder, replay_from, marks, self._clock_ms())
             await file.write(b"".join([*gathered, encode(end)]))
             await wrap(files.sync_data)(file.fileno())
@@ -195,7 +196,7 @@ class Housekeeper:
             if segment not in self._index.live:
                 victims.append(segment)
         if self._marked & set(victims):
-            await self.snapshot()
+            await self.snapshot(without=victims)
             if self._marked & set(victims):
                 await self.drop_snapshot()
         for segment in victims:

@@ -36,7 +36,7 @@ class DataDir:
         cluster or service, is in use, or cannot be read or made.
         """
         try:
-            stored = _stored_identity(path)
+            stored = stored_identity(path)
             if stored is not None and stored != identity:
                 raise ConfigError(
                     f"{path} belongs to {_describe(stored)}, not to {_describe(identity)}"
@@ -100,7 +100,8 @@ def _describe(identity: Identity) -> str:
     )
 
 
-def _stored_identity(path: Path) -> Identity | None:
+def stored_identity(path: Path) -> Identity | None:
+    """Whose directory it is; None if nobody's. Raises ConfigError."""
     try:
         raw = (path / "identity.json").read_bytes()
     except (FileNotFoundError, NotADirectoryError):

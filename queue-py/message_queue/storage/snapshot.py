@@ -124,9 +124,13 @@ def read(path: Path) -> Snapshot | None:
     """The snapshot, None if there is none. Raises SnapshotUnreadable and OSError. Blocks."""
     try:
         with path.open("rb", buffering=0) as file:
-            data = files.read_fully(file, path.stat().st_size)
+            return parse(files.read_fully(file, path.stat().st_size))
     except FileNotFoundError:
         return None
+
+
+def parse(data: bytes) -> Snapshot:
+    """What a snapshot's bytes say. Raises SnapshotUnreadable."""
     if data[: len(MAGIC)] != MAGIC:
         raise SnapshotUnreadable("it does not begin as one")
     found = Snapshot({}, Index(), End(0, "", (0, 0), (), 0))

@@ -3,100 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
-import pytest
-
 from message_queue.core.ids import unpack_dot
-from message_queue.core.messages import (
-    Ack,
-    AppendRecord,
-    LogRecord,
-    PromiseRecord,
-    Put,
-    SealRecord,
-    Standing,
-    View,
-)
-from message_queue.core.replication.state import PartitionState
+from message_queue.core.messages import PromiseRecord, Standing
 from message_queue.storage.framing import HEADER, Frame, scan
-from message_queue.storage.log import Fsync
 from message_queue.storage.recovery import recover
 from message_queue.storage.segments import segment_path, segments_in
-from message_queue.storage.store import Store
 
-EPOCH = 65
-
-
-class Bench:
-    """A store, driven as the node does: the state first, then the log."""
-
-    def __init__(self, directory: Path, segment_bytes: int = 4096) -> None:
-        self.directory = directory
-        self.segment_bytes = segment_bytes
-        self.durable = 0
-        self.batch = 0
-        self.store: Store
-
-    async def open(self) -> Bench:
-        self.store = await Store.open(
-            self.directory,
-            segment_bytes=self.segment_bytes,
-            fsync=Fsync.NEVER,
-            on_durable=self.on_durable,
-            on_halt=pytest.fail,
-            on_trouble=lambda _: None,
-        )
-        self.durable = self.batch = 0
-        return self
-
-    def on_durable(self, batch: int) -> None:
-        self.durable = batch
-
-    def persist(self, *records: LogRecord) -> None:
-        for record in records:
-            partition = record.partition  # type: ignore[union-attr]  # no clock records here
-            state = self.store.states.setdefault(partition, PartitionState(partition))
-            self.store.forget(partition, state.apply(record))
-        self.batch += 1
-        self.store.persist(self.batch, records)
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not condition():  # noqa: ASYNC110 - polls what has no event
-                await asyncio.sleep(0.005)
-
-    async def settled(self) -> None:
-        await self.until(lambda: self.durable == self.batch)
-
-    async def bodies(self, partition: int) -> dict[int, bytes]:
-        state = self.store.states[partition]
-        dots = list(state.held.dots())
-        found, damaged = await self.store.read(partition, dots)
-        assert not damaged
-        assert len(found) == len(dots)
-        return {seq: body for _, seq, _, body in found}
-
-
-def seal(partition: int) -> SealRecord:
-    return SealRecord(partition, EPOCH, 1, View(EPOCH, 7, (), (), ()))
-
-
-def puts(partition: int, first: int, count: int, size: int = 100) -> AppendRecord:
-    entries = tuple(
-        Put(seq, b"meta %d" % seq, b"%d " % seq + b"b" * size)
-        for seq in range(first, first + count)
-    )
-    return AppendRecord(partition, EPOCH, entries)
-
-
-def ack(partition: int, seq: int, *targets: int) -> AppendRecord:
-    return AppendRecord(partition, EPOCH, (Ack(seq, tuple((EPOCH, t, t) for t in targets)),))
+sys.path.insert(0, str(Path(__file__).parent))
+from queue_store import EPOCH, StoreBench, ack, puts, seal
 
 
 async def test_everything_persisted_is_there_after_a_restart(tmp_path: Path) -> None:
-    bench = await Bench(tmp_path).open()
+    bench = await StoreBench(tmp_path).open()
     bench.persist(PromiseRecord(3, EPOCH, 1), seal(3))
     bench.persist(puts(3, 1, 10))
     bench.persist(ack(3, 11, 2, 5))
@@ -104,7 +25,7 @@ async def test_everything_persisted_is_there_after_a_restart(tmp_path: Path) -> 
     before = await bench.bodies(3)
     view = bench.store.states[3].view()
     await bench.store.close()
-    again = await Bench(tmp_path).open()
+    again = await StoreBench(tmp_path).open()
     assert again.store.states[3].view() == view
     assert again.store.states[3].standing is Standing.MEMBER
     assert await again.bodies(3) == before
@@ -116,7 +37,7 @@ async def test_everything_persisted_is_there_after_a_restart(tmp_path: Path) -> 
 
 
 async def test_a_put_acked_before_it_was_written_is_not_indexed(tmp_path: Path) -> None:
-    bench = await Bench(tmp_path).open()
+    bench = await StoreBench(tmp_path).open()
     bench.persist(seal(1))
     bench.persist(puts(1, 1, 1))
     bench.persist(ack(1, 2, 1))
@@ -127,7 +48,7 @@ async def test_a_put_acked_before_it_was_written_is_not_indexed(tmp_path: Path) 
 
 
 async def test_compaction_gives_space_back_and_changes_nothing(tmp_path: Path) -> None:
-    bench = await Bench(tmp_path).open()
+    bench = await StoreBench(tmp_path).open()
     bench.persist(PromiseRecord(1, EPOCH, 1), seal(1), PromiseRecord(2, EPOCH, 1), seal(2))
     seq = {1: 1, 2: 1}
     for round_ in range(40):
@@ -148,7 +69,7 @@ async def test_compaction_gives_space_back_and_changes_nothing(tmp_path: Path) -
     assert bench.store.figures()["log_bytes"] < size / 4
     assert await bench.bodies(1) == bodies
     await bench.store.close()
-    again = await Bench(tmp_path).open()
+    again = await StoreBench(tmp_path).open()
     assert {p: again.store.states[p].view() for p in (1, 2)} == views
     assert again.store.states[1].promised == EPOCH
     assert await again.bodies(1) == bodies
@@ -159,13 +80,13 @@ async def test_compaction_gives_space_back_and_changes_nothing(tmp_path: Path) -
     await again.store.compact()
     assert list(await again.bodies(1)) == [seq[1] + 1]
     await again.store.close()
-    last = await Bench(tmp_path).open()
+    last = await StoreBench(tmp_path).open()
     assert list(await last.bodies(1)) == [seq[1] + 1]
     await last.store.close()
 
 
 async def test_reading_while_compaction_moves_finds_the_new_place(tmp_path: Path) -> None:
-    bench = await Bench(tmp_path, segment_bytes=600).open()
+    bench = await StoreBench(tmp_path, segment_bytes=600).open()
     bench.persist(seal(1))
     for first in range(1, 60, 6):
         bench.persist(puts(1, first, 4))
@@ -180,7 +101,7 @@ async def test_reading_while_compaction_moves_finds_the_new_place(tmp_path: Path
 
 
 async def write_a_log(directory: Path) -> bytes:
-    bench = await Bench(directory).open()
+    bench = await StoreBench(directory).open()
     bench.persist(PromiseRecord(1, EPOCH, 1), seal(1))
     bench.persist(puts(1, 1, 3, size=5))
     bench.persist(ack(1, 4, 2))
@@ -246,7 +167,7 @@ async def test_a_damaged_segment_goes_to_quarantine_and_its_good_part_stays(
     at = data.index(b"meta 2")
     data[at] ^= 1
     segment_path(tmp_path, 1).write_bytes(data)
-    bench = await Bench(tmp_path).open()
+    bench = await StoreBench(tmp_path).open()
     assert list(bench.store.recovered.damaged) == [1]
     assert bench.store.states[1].standing is Standing.DAMAGED
     await bench.store.compact()
@@ -254,7 +175,7 @@ async def test_a_damaged_segment_goes_to_quarantine_and_its_good_part_stays(
     assert list(await bench.bodies(1)) == [5]
     await bench.store.close()
     # The next start finds no damage, and still knows that the partition is not whole.
-    again = await Bench(tmp_path).open()
+    again = await StoreBench(tmp_path).open()
     assert not again.store.recovered.damaged
     assert again.store.states[1].standing is Standing.DAMAGED
     assert list(await again.bodies(1)) == [5]
@@ -262,12 +183,12 @@ async def test_a_damaged_segment_goes_to_quarantine_and_its_good_part_stays(
 
 
 async def test_damage_before_a_checkpoint_costs_nothing(tmp_path: Path) -> None:
-    bench = await Bench(tmp_path).open()
+    bench = await StoreBench(tmp_path).open()
     bench.persist(seal(1))
     bench.persist(puts(1, 1, 2))
     await bench.settled()
     await bench.store.close()
-    bench = await Bench(tmp_path).open()
+    bench = await StoreBench(tmp_path).open()
     checkpoint = bench.store.states[1].checkpoint()
     bench.persist(checkpoint)
     await bench.settled()
@@ -283,7 +204,7 @@ async def test_damage_before_a_checkpoint_costs_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_record_damaged_while_running_is_named(tmp_path: Path) -> None:
-    bench = await Bench(tmp_path).open()
+    bench = await StoreBench(tmp_path).open()
     bench.persist(seal(1))
     bench.persist(puts(1, 1, 1))
     bench.persist(puts(1, 2, 1))
