@@ -60,10 +60,8 @@ from lock_manager.transport import Links
 
 log = logging.getLogger(__name__)
 
-# Batches proposed and not applied. A second one leaves only beside a small one: so a hand-over does
-# not wait for the re-acquire of whoever released, while under load batches are as large as can be.
-BATCHES_UNDER_WAY = 2
-SMALL_BATCH = 3  # commands
+# Batches proposed and not applied: while one is on the disks, the next is taken in.
+BATCHES_UNDER_WAY = 4
 # An idle leader of a cluster that waits for anything logs the time this often (guarantee 8).
 STAMP_EVERY_MS = 1_000
 CATCH_UP_S = 0.005  # of a turn of the loop, for applying and for reading a snapshot
@@ -202,7 +200,7 @@ class Node:
             effects = core.drain()
             links.send(effects.messages)
             if effects.persist is not None:
-                self._store.submit(effects.persist)
+                self._store.submit(effects.persist, leading=self._leads)
             if effects.restore is not None:
                 self._restore(effects.restore.index, effects.restore.data)
             for note in effects.notes:
@@ -238,9 +236,7 @@ class Node:
             self._propose_batch([], cluster_ms)
 
     def _may_propose(self) -> bool:
-        under_way = self._desk.batches_under_way
-        small = under_way < BATCHES_UNDER_WAY and self._desk.commands_under_way <= SMALL_BATCH
-        return (not under_way or small) and self._gathering.is_over()
+        return self._desk.batches_under_way < BATCHES_UNDER_WAY and self._gathering.is_over()
 
     def _begin_term(self) -> None:
         """Go on with cluster time; and before any other command of this term, also of requests

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-TURNS = 24
+TURNS = 6
 
 
 class Gathering:

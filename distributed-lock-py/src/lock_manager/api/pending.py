@@ -77,10 +77,6 @@ class Desk:
         return len(self._proposed)
 
     @property
-    def commands_under_way(self) -> int:
-        return sum(len(proposed.pendings) for proposed in self._proposed.values())
-
-    @property
     def unanswered(self) -> int:
         return (
             len(self._inbox)

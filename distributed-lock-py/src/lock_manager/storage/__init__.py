@@ -8,7 +8,7 @@
     store.peers, bind_peer(...)   who answered at which position when first met
     store.start(done, failed)     on the running loop: starts the writer thread; `done(seq)` and
                                   `failed(StoreFailed)` are called on the loop
-    store.submit(persist)         never blocks; all that waits shares one transaction and one fsync
+    store.submit(persist)         returns at once; all that waits shares one transaction and fsync
     store.backlog_bytes           payload bytes submitted and not durable yet
     await store.close()           finishes what was submitted, then closes
 

@@ -1,8 +1,13 @@
-"""The store: SQLite in WAL mode, synchronous=FULL, one writer thread, group commit.
+"""The store: SQLite in WAL mode, synchronous=FULL, one writer at a time, group commit.
 
-The event loop submits writes and goes on; the thread takes everything that waits into one
-transaction, and the one fsync of its commit answers for all of it. There is no timer: while one
-fsync runs, the next batch gathers.
+The event loop submits writes and goes on; everything that waits goes into one transaction, and the
+one fsync of its commit answers for all of it. There is no timer: while one fsync runs, the next
+batch gathers.
+
+Who commits? A thread, for whatever may take long: snapshots, checkpoints, and everything while the
+disk is slow. A small write to a quick disk takes the loop 0.2 ms, less than to wake a thread and to
+be woken by it costs (DESIGN.md, Speed), so the loop commits it itself, a turn after its submission:
+the frames that this turn sent to the followers have left by then, and their disks work meanwhile.
 """
 
 from __future__ import annotations
@@ -12,9 +17,10 @@ import secrets
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 import msgspec
@@ -32,6 +38,15 @@ FILE_NAME = "raft.sqlite3"
 # small; a checkpoint costs two more syncs, so it is not smaller.
 CHECKPOINT_AFTER_BYTES = 4 << 20
 PAGE_BYTES = 4096
+# The loop commits no more than this by itself,
+OWN_COMMIT_BYTES = 256 << 10
+# and nothing while a commit takes longer than this on average: a leader does not need its own disk
+# if two followers were quicker, and has requests to take in meanwhile; a follower has nothing else
+# to do. Then the thread does the next so many, before the loop tries again.
+PATIENCE_LEADING_S = 0.0007
+PATIENCE_FOLLOWING_S = 0.005
+THREAD_DOES = 100
+_WEIGHT = 1 / 16  # of the last commit in the average
 
 
 class Store:
@@ -55,7 +70,17 @@ class Store:
         self._high_water = high_water
         self._wal_room = CHECKPOINT_AFTER_BYTES  # until the next checkpoint
         self._saving: _Saving | None = None  # belongs to the writer thread
-        self._waiting: deque[Persist | PeerIdentity] = deque()
+        self._patience_s = PATIENCE_FOLLOWING_S
+        self._mean_s = 0.0  # of the loop's own commits
+        self._slow_for = 0  # commits that the thread shall do because the disk was slow
+        self._own: list[Persist] = []  # what the loop commits next
+        self._under_way = 0  # writes that the thread has and did not report
+        self._thread_is_saving = False  # a snapshot, in steps: it has more to do
+        self._failed = False
+        self._loop: asyncio.AbstractEventLoop
+        self._done: Callable[[int], None]
+        self._on_failure: Callable[[StoreFailed], None]
+        self._waiting: deque[Persist | PeerIdentity | _Checkpoint] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -110,32 +135,83 @@ class Store:
     def start(self, done: Callable[[int], None], failed: Callable[[StoreFailed], None]) -> None:
         """Starts the writer. On the running loop, `done(seq)` is called when every write up to
         `seq` is synced, `failed(error)` at most once, after which nothing is written any more."""
-        loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(
-            target=self._write, args=(loop, done, failed), name="store-writer", daemon=True
-        )
+        self._loop, self._done, self._on_failure = asyncio.get_running_loop(), done, failed
+        self._thread = threading.Thread(target=self._write, name="store-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, write: Persist) -> None:
-        """Queues a write; never blocks."""
+    def submit(self, write: Persist, *, leading: bool = False) -> None:
+        """Queues a write. `leading`: other nodes' disks may answer for it before this one's."""
         self.backlog_bytes += _size(write)
-        self._put(write)
+        self._patience_s = PATIENCE_LEADING_S if leading else PATIENCE_FOLLOWING_S
+        if not self._is_quick(write):
+            self._put(write)
+            return
+        self._own.append(write)
+        if len(self._own) == 1:
+            self._loop.call_soon(self._commit_own)
 
     def bind_peer(self, peer: PeerIdentity) -> None:
         """Remembers who answers at a position. Durable before anything that is submitted later."""
         self.peers[peer.position] = peer
         self._put(peer)
 
-    def _put(self, item: Persist | PeerIdentity) -> None:
+    def _is_quick(self, write: Persist) -> bool:
+        """Whether the loop may commit it, behind all that was submitted before."""
+        return (
+            self._thread is not None
+            and not (self._under_way or self._thread_is_saving or self._slow_for)
+            and write.snapshot is None
+            and write.compact_to is None
+            and self.backlog_bytes <= OWN_COMMIT_BYTES
+        )
+
+    def _put(self, item: Persist | PeerIdentity | _Checkpoint) -> None:
+        """Give it to the thread, behind what the loop was about to commit."""
+        items = [*self._own, item]
+        self._own.clear()
+        self._under_way += len(items)
         with self._wake:
-            self._waiting.append(item)
+            self._waiting.extend(items)
             self._wake.notify()
+
+    def _commit_own(self) -> None:
+        batch = self._own
+        if not batch or self._failed:
+            return  # the thread has it, or nobody any more
+        self._own = []
+        began_s = perf_counter()
+        try:
+            seq = self._commit(batch)
+        except Exception as error:  # noqa: BLE001 - whatever failed, the node must not go on
+            self._fail(error)
+            return
+        self._note_speed(perf_counter() - began_s)
+        self._use_wal(batch)
+        if self._wal_room < 0:
+            self._put(_Checkpoint())
+        self._report(seq, batch)
+
+    def _note_speed(self, commit_s: float) -> None:
+        self._mean_s += (commit_s - self._mean_s) * _WEIGHT
+        if self._mean_s > self._patience_s:
+            self._slow_for, self._mean_s = THREAD_DOES, self._patience_s / 2
+
+    def _report(self, seq: int, batch: Sequence[object]) -> None:
+        self.backlog_bytes -= sum(_size(item) for item in batch if isinstance(item, Persist))
+        if seq:
+            self._done(seq)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failed:
+            self._failed = True
+            self._on_failure(StoreFailed(f"{self._data_dir.path / FILE_NAME}: {error}"))
 
     async def close(self) -> None:
         """Finishes what was submitted, then closes. After a failure it closes nothing: closing
         would make SQLite write again."""
         thread = self._thread
         if thread is not None:
+            self._commit_own()
             with self._wake:
                 self._stopping = True
                 self._wake.notify()
@@ -147,12 +223,7 @@ class Store:
 
     # ------------------------------------------------------------------------- the writer's thread
 
-    def _write(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        done: Callable[[int], None],
-        failed: Callable[[StoreFailed], None],
-    ) -> None:
+    def _write(self) -> None:
         while True:
             with self._wake:
                 while not (self._waiting or self._stopping or self._saving):
@@ -160,22 +231,45 @@ class Store:
                 batch = list(self._waiting)
                 self._waiting.clear()
             if not batch and self._saving is None:
-                self._connection.close()
+                if not self._failed:
+                    self._connection.close()
                 self._high_water.close()
                 return
             try:
-                seq = self._commit(batch)
-                _tell(loop, self._committed, done, seq, batch)
-                self._checkpoint_if_due(batch)
+                writes = [item for item in batch if not isinstance(item, _Checkpoint)]
+                seq = self._commit(writes) if writes or self._saving else 0
+                self._use_wal(writes)
+                saving = self._saving is not None
+                checkpoint = self._wal_room < 0
+                # Whoever waits for the commit need not wait for the checkpoint behind it.
+                still = 1 if checkpoint else 0
+                _tell(self._loop, self._thread_did, seq, batch, saving, len(batch) - still)
+                if checkpoint:
+                    self._checkpoint()
+                    _tell(self._loop, self._thread_did, 0, [], saving, still)
             except Exception as error:  # noqa: BLE001 - whatever failed, the node must not go on
-                _tell(loop, failed, StoreFailed(f"{self._data_dir.path / FILE_NAME}: {error}"))
+                _tell(self._loop, self._fail, error)
                 self._high_water.close()
                 return
 
-    def _commit(self, batch: list[Persist | PeerIdentity]) -> int:
+    def _thread_did(self, seq: int, batch: Sequence[object], saving: bool, finished: int) -> None:
+        """On the loop: a commit, or the checkpoint behind it, of the thread."""
+        self._under_way -= finished
+        self._thread_is_saving = saving
+        self._slow_for = max(0, self._slow_for - 1)
+        self._report(seq, batch)
+
+    # -------------------------------------------------------------------- whoever's turn it is
+
+    def _commit(self, batch: Sequence[Persist | PeerIdentity]) -> int:
         """One transaction, one fsync. Returns the last write's seq, 0 if there is none."""
         seq = 0
         connection = self._connection
+        write = batch[0] if len(batch) == 1 else None
+        if isinstance(write, Persist) and _only_appends_one(write) and self._saving is None:
+            tables.append(connection, self._extent, write.entries[0])
+            self._high_water.reached(self._extent.commits)
+            return write.seq
         connection.execute("BEGIN IMMEDIATE")
         for item in batch:
             if isinstance(item, PeerIdentity):
@@ -211,9 +305,7 @@ class Store:
                 tables.compact(self._connection, self._extent, self._saving.compact_to)
             self._saving = None
 
-    def _checkpoint_if_due(self, batch: list[Persist | PeerIdentity]) -> None:
-        """Moves the WAL into the database once it is long; nobody waits for this but the next
-        write. All nodes log the same, so chance keeps them from doing it together."""
+    def _use_wal(self, batch: Sequence[Persist | PeerIdentity]) -> None:
         # At least a page of the log and the row of hard state are written anew each time.
         self._wal_room -= 3 * PAGE_BYTES
         self._wal_room -= sum(
@@ -222,20 +314,20 @@ class Store:
             if isinstance(item, Persist)
             for entry in item.entries
         )
-        if self._wal_room < 0:
-            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            self._wal_room = CHECKPOINT_AFTER_BYTES // 2
-            self._wal_room += secrets.randbelow(CHECKPOINT_AFTER_BYTES // 2)
 
-    def _committed(
-        self, done: Callable[[int], None], seq: int, batch: list[Persist | PeerIdentity]
-    ) -> None:
-        self.backlog_bytes -= sum(_size(item) for item in batch if isinstance(item, Persist))
-        if seq:
-            done(seq)
+    def _checkpoint(self) -> None:
+        """Moves the WAL into the database; nobody waits for this but the next write. All nodes log
+        the same, so chance keeps them from doing it together."""
+        self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        self._wal_room = CHECKPOINT_AFTER_BYTES // 2
+        self._wal_room += secrets.randbelow(CHECKPOINT_AFTER_BYTES // 2)
 
 
 _DONE = object()
+
+
+class _Checkpoint:
+    """Asks the thread for one."""
 
 
 class _Saving(NamedTuple):
@@ -243,6 +335,11 @@ class _Saving(NamedTuple):
 
     steps: Iterator[None]
     compact_to: int | None
+
+
+def _only_appends_one(write: Persist) -> bool:
+    other = (write.hard_state, write.snapshot, write.truncate_from, write.compact_to)
+    return len(write.entries) == 1 and other == (None, None, None, None)
 
 
 def _size(write: Persist) -> int:

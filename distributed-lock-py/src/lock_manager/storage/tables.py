@@ -1,8 +1,10 @@
 """The store's tables: rows in, rows out, and a checksum on each.
 
 SQLite's WAL frames are checksummed, its pages are not: a flipped bit in a page is read as if it
-had been written. So every row carries a CRC-32 over all of its values, and one row says where the
-log begins and ends, for rows that vanish with a damaged page.
+had been written. So every row carries a CRC-32 over all of its values, and one row, `state`, says
+where the log begins and ends, for rows that vanish with a damaged page. An entry that comes alone
+(nearly every commit) is one statement and leaves that row as it is: such entries follow each other,
+and each carries the number of its commit.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ CREATE TABLE state (
     crc INTEGER NOT NULL);
 CREATE TABLE entries (
     log_index INTEGER PRIMARY KEY, term INTEGER NOT NULL, kind INTEGER NOT NULL,
-    payload BLOB NOT NULL, crc INTEGER NOT NULL);
+    payload BLOB NOT NULL, commits INTEGER NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE snapshot (
     id INTEGER PRIMARY KEY CHECK (id = 0), log_index INTEGER NOT NULL, term INTEGER NOT NULL,
     configuration BLOB NOT NULL, chunks INTEGER NOT NULL, crc INTEGER NOT NULL);
@@ -58,14 +60,14 @@ def checksum(*values: int | str | bytes | None) -> int:
     return crc
 
 
-def entry_checksum(index: int, term: int, kind: int, payload: bytes) -> int:
+def entry_checksum(index: int, term: int, kind: int, payload: bytes, commits: int) -> int:
     """As `checksum`, for the one row that is written often."""
-    return zlib.crc32(payload, zlib.crc32(b"%d %d %d" % (index, term, kind)))
+    return zlib.crc32(payload, zlib.crc32(b"%d %d %d %d" % (index, term, kind, commits)))
 
 
 class Extent:
     """Where the stored log begins and ends, the hard state, and how many commits there were: the
-    row `state`, kept in memory."""
+    row `state` with what was appended since, kept in memory."""
 
     __slots__ = ("commits", "first_index", "hard_state", "last_index")
 
@@ -119,20 +121,27 @@ def apply(connection: sqlite3.Connection, extent: Extent, write: Persist) -> Non
     if write.entries:
         if write.entries[0].index != extent.last_index + 1:
             raise ValueError(f"entry {write.entries[0].index} does not follow {extent.last_index}")
-        connection.executemany(
-            "INSERT INTO entries VALUES (?, ?, ?, ?, ?)",
-            [
-                (
-                    entry.index,
-                    entry.term,
-                    entry.kind,
-                    entry.payload,
-                    entry_checksum(entry.index, entry.term, entry.kind, entry.payload),
-                )
-                for entry in write.entries
-            ],
-        )
+        commits = extent.commits + 1
+        connection.executemany(APPEND, [_row(entry, commits) for entry in write.entries])
         extent.last_index = write.entries[-1].index
+
+
+APPEND = "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)"
+
+
+def append(connection: sqlite3.Connection, extent: Extent, entry: Entry) -> None:
+    """Writes one entry behind the last, as a transaction of its own; must be called outside of
+    any."""
+    if entry.index != extent.last_index + 1:
+        raise ValueError(f"entry {entry.index} does not follow {extent.last_index}")
+    connection.execute(APPEND, _row(entry, extent.commits + 1))
+    extent.commits += 1
+    extent.last_index = entry.index
+
+
+def _row(entry: Entry, commits: int) -> tuple[int, int, int, bytes, int, int]:
+    index, term, kind, payload = entry.index, entry.term, entry.kind, entry.payload
+    return index, term, kind, payload, commits, entry_checksum(index, term, kind, payload, commits)
 
 
 def compact(connection: sqlite3.Connection, extent: Extent, index: int) -> None:
@@ -247,18 +256,27 @@ def _load_snapshot(connection: sqlite3.Connection) -> Snapshot:
 
 
 def _load_entries(connection: sqlite3.Connection, extent: Extent) -> list[Entry]:
+    """The log; `extent` is brought up to its end."""
     rows: Iterable[tuple[Any, ...]] = connection.execute(
-        "SELECT log_index, term, kind, payload, crc FROM entries ORDER BY log_index"
+        "SELECT log_index, term, kind, payload, commits, crc FROM entries ORDER BY log_index"
     )
     entries: list[Entry] = []
     expected, last_term = extent.first_index, 0
-    for index, term, kind, payload, crc in rows:
+    for index, term, kind, payload, commits, crc in rows:
         if index != expected:
             raise CorruptStore(f"entry {expected} is missing")
-        if not isinstance(payload, bytes) or crc != entry_checksum(index, term, kind, payload):
+        blob = isinstance(payload, bytes)
+        if not blob or crc != entry_checksum(index, term, kind, payload, commits):
             raise CorruptStore(f"entry {index} does not match its checksum")
         if term < last_term:
             raise CorruptStore(f"entry {index} has a lower term than the one before it")
+        if index > extent.last_index:  # came alone, after the row `state` was written
+            extent.commits += 1
+            extent.last_index = index
+            if commits != extent.commits:
+                raise CorruptStore(
+                    f"entry {index} came with commit {commits}, not {extent.commits}"
+                )
         entries.append(Entry(index, term, EntryKind(kind), payload))
         expected, last_term = index + 1, term
     if expected != extent.last_index + 1:

@@ -3,8 +3,8 @@
 Datagram semantics, as in the simulation: a message may be lost (link down, outbox full), never
 corrupted; within one connection the order holds. Replies travel on the other direction's own link.
 
-Group sending needs no timer: whatever gathered in the outbox while the last frame was being
-written leaves together as the next frame (a MessagePack array of messages).
+Group sending needs no timer: whatever one turn of the loop has to say to a peer leaves together
+as one frame (a MessagePack array of messages), at the end of that turn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import logging
 import random
 import ssl
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 
 import aiohttp
 import msgspec
@@ -96,10 +98,15 @@ class Links:
     def send(self, messages: Iterable[Message]) -> None:
         """Queues each message for the peer that it names; dropped (and counted) while the link is
         down or full: the core sends anew what still matters."""
+        touched: list[_Outgoing] = []
         for message in messages:
             link = self._outgoing.get(message.to)
             if link is None or not link.put(self._encoder.encode(message)):
                 self.counters.dropped += 1
+            elif link not in touched:
+                touched.append(link)
+        for link in touched:
+            link.write()
 
     def connect(self, addresses: Mapping[int, str]) -> None:
         """Dials exactly these peers (`host:port` by position) from now on. Must run on the loop.
@@ -124,7 +131,7 @@ class Links:
                 link.farewell = None
         for position, url in urls.items():
             if position not in self._outgoing and position != self._me.position:
-                link = _Outgoing(url)
+                link = _Outgoing(url, self.counters)
                 link.task = asyncio.create_task(
                     self._dial(position, link), name=f"link to {position}"
                 )
@@ -207,35 +214,18 @@ class Links:
             if hello.position != position:
                 raise Refused(f"it calls itself position {hello.position}")
             self._judge(hello)
-            link.raise_up()
+            link.raise_up(socket)
             log.info("link to %s (peer %d) is up", hello.node_id, position)
             try:
-                await self._pump(socket, link)
+                # Nothing but a close (or a missed pong) ever comes back on this direction.
+                await socket.receive()
             finally:
-                link.up = False
+                link.lower()
                 if not self._stopped:
                     log.info("link to %s (peer %d) is down", hello.node_id, position)
                     self._on_broken(position)
         finally:
             await socket.close()
-
-    async def _pump(self, socket: aiohttp.ClientWebSocketResponse, link: _Outgoing) -> None:
-        writer = asyncio.create_task(self._write(socket, link))
-        # Nothing but a close (or a missed pong) ever comes back on this direction.
-        reader = asyncio.create_task(socket.receive())
-        try:
-            await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            writer.cancel()
-            reader.cancel()
-            await asyncio.gather(writer, reader, return_exceptions=True)
-
-    async def _write(self, socket: aiohttp.ClientWebSocketResponse, link: _Outgoing) -> None:
-        while True:
-            messages = await link.take()
-            await socket.send_bytes(_array_header(len(messages)) + b"".join(messages))
-            self.counters.frames_sent += 1
-            self.counters.messages_sent += len(messages)
 
     # ----------------------------------------------------------------------------------- receiving
 
@@ -318,41 +308,81 @@ class Links:
 
 
 class _Outgoing:
-    """One outgoing link: encoded messages that wait for it, bounded in bytes."""
+    """One outgoing link: encoded messages that wait for it, bounded in bytes.
 
-    __slots__ = ("_bytes", "_empty", "_messages", "_wake", "farewell", "task", "up", "url")
+    A frame is written in the turn of the loop that made its messages, without a task that would
+    have to be woken first: `write` takes the first step of `send_bytes` itself, as an eager task
+    would (asyncio has those from 3.12 on). Nearly always it is also the last one.
+    """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, counters: LinkCounters) -> None:
         self.url = url
-        self.up = False
+        self.socket: aiohttp.ClientWebSocketResponse | None = None  # None: the link is down
         self.task: asyncio.Task[None]
         self.farewell: asyncio.TimerHandle | None = None  # set: the peer is no member any more
+        self._counters = counters
         self._messages: deque[bytes] = deque()
         self._bytes = 0
-        self._wake = asyncio.Event()
+        # The last frame is in the transport's buffer, which is too full for another one.
+        self._sending: Coroutine[asyncio.Future[None], None, None] | None = None
         self._empty = asyncio.Event()
+        self._empty.set()
 
-    def raise_up(self) -> None:
-        """The link is up. What was queued before would arrive stale."""
+    @property
+    def up(self) -> bool:
+        return self.socket is not None
+
+    def raise_up(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self.socket = socket
+
+    def lower(self) -> None:
+        """The link is down. What is queued would arrive stale."""
+        self.socket = None
         self._messages.clear()
         self._bytes = 0
-        self.up = True
+        if self._sending is not None:
+            self._sending.close()
+            self._sending = None
 
     def put(self, encoded: bytes) -> bool:
         if not self.up or (self._bytes + len(encoded) > OUTBOX_BYTES and self._messages):
             return False
         self._messages.append(encoded)
         self._bytes += len(encoded)
-        self._empty.clear()
-        self._wake.set()
         return True
 
-    async def take(self) -> list[bytes]:
-        """Waits for messages; returns all that are there, up to about FRAME_TARGET_BYTES."""
-        while not self._messages:
+    def write(self) -> None:
+        """Writes what waits; what does not fit into the transport's buffer leaves later."""
+        if self.socket is None or self._sending is not None:
+            return
+        while self._messages:
+            sending = self.socket.send_bytes(self._take_frame())
+            try:
+                room = sending.send(None)
+            except StopIteration:
+                continue
+            except (aiohttp.ClientError, OSError):
+                return  # the task that holds the link learns of it as well
+            self._sending = sending
+            self._empty.clear()
+            room.add_done_callback(partial(self._go_on, sending))
+            return
+
+    def _go_on(
+        self, sending: Coroutine[asyncio.Future[None], None, None], _: asyncio.Future[None]
+    ) -> None:
+        """There is room again; or the connection broke, or the link was lowered meanwhile."""
+        if self._sending is not sending:
+            return
+        with suppress(StopIteration, aiohttp.ClientError, OSError):
+            sending.send(None)
+        self._sending = None
+        self.write()
+        if self._sending is None:
             self._empty.set()
-            self._wake.clear()
-            await self._wake.wait()
+
+    def _take_frame(self) -> bytes:
+        """All that waits, up to about FRAME_TARGET_BYTES."""
         taken: list[bytes] = []
         size = 0
         while self._messages and size < FRAME_TARGET_BYTES and len(taken) < MAX_FRAME_MESSAGES:
@@ -360,9 +390,12 @@ class _Outgoing:
             taken.append(encoded)
             size += len(encoded)
         self._bytes -= size
-        return taken
+        self._counters.frames_sent += 1
+        self._counters.messages_sent += len(taken)
+        return _array_header(len(taken)) + b"".join(taken)
 
     async def drained(self) -> None:
+        """All that was queued is in the transport's hands."""
         await self._empty.wait()
 
 

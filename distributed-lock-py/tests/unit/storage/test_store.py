@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from lock_manager.storage import (
     StoreFailed,
     StoreInUse,
 )
+from lock_manager.storage import store as storing
 
 OWNER = Owner("node1", 1, "127.0.0.1:7000", "127.0.0.1:8000")
 MEMBERS = Configuration((Member(node_id=1), Member(node_id=2)))
@@ -171,8 +174,64 @@ async def test_peers_are_remembered(tmp_path: Path) -> None:
     await again.close()
 
 
+async def test_a_slow_disk_is_the_threads_affair_and_the_order_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(tmp_path, OWNER)
+    done: asyncio.Queue[int] = asyncio.Queue()
+    commit = store._commit
+    by_the_loop: list[bool] = []
+    slow = False
+
+    def slowly(batch: list[Persist]) -> int:
+        by_the_loop.append(threading.current_thread() is threading.main_thread())
+        if slow:
+            time.sleep(0.005)  # the disk's own time, not a wait for anything
+        return commit(batch)
+
+    monkeypatch.setattr(store, "_commit", slowly)
+    monkeypatch.setattr(storing, "PATIENCE_LEADING_S", 0.002)
+    store.start(done.put_nowait, pytest.fail)
+    seq = 0
+
+    async def write_some(count: int) -> None:
+        nonlocal seq
+        for _ in range(count):
+            seq += 1
+            store.submit(Persist(seq=seq, entries=(entry(seq, 1),)), leading=True)
+            while await asyncio.wait_for(done.get(), 20) < seq:
+                pass
+
+    slow = True
+    await write_some(storing.THREAD_DOES // 2)
+    assert not all(by_the_loop)
+    slow = False
+    del by_the_loop[:]
+    await write_some(storing.THREAD_DOES * 2)
+    assert any(by_the_loop)  # it tried again, and stayed if the disk is quick enough
+    for _ in range(500):  # many at once, by whoever
+        seq += 1
+        store.submit(Persist(seq=seq, entries=(entry(seq, 1),)), leading=True)
+    told = [0]
+    while told[-1] < seq:
+        told.append(await asyncio.wait_for(done.get(), 20))
+    assert told == sorted(told)
+    await store.close()
+    again = Store.open(tmp_path, OWNER)
+    assert [one.index for one in again.restored.entries] == list(range(1, seq + 1))
+    await again.close()
+
+
+@pytest.mark.parametrize(
+    ("broken", "write"),
+    [
+        pytest.param("INSERT", Persist(seq=1, entries=(entry(1, 1),)), id="lone entry"),
+        pytest.param("COMMIT", Persist(seq=1, entries=(entry(1, 1), entry(2, 1))), id="loop"),
+        pytest.param("COMMIT", Persist(seq=1, snapshot=Snapshot(1, 1, MEMBERS, b"")), id="thread"),
+    ],
+)
 async def test_a_failed_commit_is_reported_once_and_nothing_is_written_after_it(
-    tmp_path: Path,
+    tmp_path: Path, broken: str, write: Persist
 ) -> None:
     store = Store.open(tmp_path, OWNER)
     told: list[object] = []
@@ -192,7 +251,7 @@ async def test_a_failed_commit_is_reported_once_and_nothing_is_written_after_it(
             self.failures = 1
 
         def execute(self, statement: str, *arguments: object) -> sqlite3.Cursor:
-            if statement == "COMMIT" and self.failures:
+            if statement.startswith(broken) and self.failures:
                 self.failures -= 1
                 raise sqlite3.OperationalError("disk I/O error")
             return connection.execute(statement, *arguments)
@@ -201,11 +260,11 @@ async def test_a_failed_commit_is_reported_once_and_nothing_is_written_after_it(
             return connection.executemany(statement, rows)  # type: ignore[arg-type]
 
     store._connection = Failing()  # type: ignore[assignment]
-    store.submit(Persist(seq=1, entries=(entry(1, 1),)))
+    store.submit(write)
     async with asyncio.timeout(20):
         await first.wait()
     assert isinstance(told[0], StoreFailed)
-    store.submit(Persist(seq=2, entries=(entry(2, 1),)))
+    store.submit(Persist(seq=2, hard_state=HardState(7, 1)))  # nothing wrong with this one
     await store.close()
     connection.close()
     assert len(told) == 1

@@ -91,12 +91,14 @@ async def pair(one: End, two: End) -> AsyncIterator[None]:
 async def test_messages_arrive_in_order_and_in_batches() -> None:
     one, two = End(hello(1)), End(hello(2))
     async with pair(one, two):
-        for index in range(1, 1001):
+        one.links.send(append(1, 2, index) for index in range(1, 501))
+        for index in range(501, 1001):
             one.links.send([append(1, 2, index)])
         two.links.send([append(2, 1)])
         await until(lambda: len(two.received) == 1000 and len(one.received) == 1)
         assert [m.prev_index for m in two.received] == list(range(1000))
-        assert one.links.counters.frames_sent < 100
+        assert one.links.counters.frames_sent <= 501
+        assert one.links.counters.messages_sent == 1000
         assert one.links.counters.dropped == 0
 
 
@@ -116,6 +118,23 @@ async def test_what_is_sent_to_a_link_that_is_down_is_dropped_and_the_link_comes
             await until(lambda: bool(one.links.connected))
             one.links.send([append(1, 2, 7)])
             await until(lambda: len(again.received) == 1)
+
+
+async def test_a_peer_that_does_not_read_costs_bounded_memory_and_gets_the_rest_when_it_does() -> (
+    None
+):
+    one, two = End(hello(1)), End(hello(2))
+    async with pair(one, two):
+        payload = b"x" * (1 << 20)
+        sent = 0
+        while not one.links.counters.dropped:  # nobody reads: this turn of the loop does not end
+            one.links.send([append(1, 2, sent + 1, payload)])
+            sent += 1
+            assert sent < 200
+        await until(lambda: len(two.received) == sent - 1)
+        assert [m.prev_index for m in two.received] == list(range(sent - 1))
+        one.links.send([append(1, 2, sent)])
+        await until(lambda: len(two.received) == sent)
 
 
 @pytest.mark.parametrize(
