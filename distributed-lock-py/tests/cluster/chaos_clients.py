@@ -26,7 +26,7 @@ LIMIT = 3
 class ChaosClient(Client):
     """Retries with the same ids for as long as it takes: no outcome stays unknown."""
 
-    patience_s = 60.0
+    patience_s = 120.0
     answer_within_s = 3.0
 
     def __init__(self, cluster: LockCluster, name: str, history: History, seed: int) -> None:
