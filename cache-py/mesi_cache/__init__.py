@@ -10,7 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mesi_cache.calls import CacheError, CacheUnavailable, NotAnInteger, VersionMismatch
+    from mesi_cache.calls import (
+        CacheError,
+        CacheUnavailable,
+        KeyReused,
+        NotAnInteger,
+        VersionMismatch,
+    )
     from mesi_cache.config import ConfigError
     from mesi_cache.library import CacheNode, Entry
 
@@ -22,12 +28,13 @@ _PUBLIC = {
     "CacheUnavailable": "calls",
     "ConfigError": "config",
     "Entry": "library",
+    "KeyReused": "calls",
     "NotAnInteger": "calls",
     "VersionMismatch": "calls",
 }
 __all__ = [
-    "CacheError", "CacheNode", "CacheUnavailable", "ConfigError", "Entry", "NotAnInteger",
-    "VersionMismatch",
+    "CacheError", "CacheNode", "CacheUnavailable", "ConfigError", "Entry", "KeyReused",
+    "NotAnInteger", "VersionMismatch",
 ]  # fmt: skip
 
 

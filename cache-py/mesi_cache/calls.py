@@ -40,6 +40,10 @@ class NotAnInteger(CacheError):
     """`incr` found something else, or the sum is beyond 64 bits."""
 
 
+class KeyReused(CacheError):
+    """An idempotency key came with another change than before: nothing was done."""
+
+
 def check_key(key: str) -> str:
     """`key` itself; raises TypeError or ValueError if it cannot be one."""
     if not isinstance(key, str):

@@ -11,9 +11,10 @@ import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn, get_args
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from mesi_cache.core.cache.slots import Policy
 
@@ -111,7 +112,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--store",
         default="",
-        help="main memory: memory, or sqlite:PATH (default: a file in --data_dir)",
+        help="main memory: memory, sqlite:PATH (default: a file in --data_dir), "
+        "redis://HOST:PORT/DB, or the URL of an HTTP origin",
     )
     p.add_argument(
         "--lease_ms",
@@ -135,9 +137,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--write_policy",
-        choices=("back", "through"),
+        choices=("back", "through", "back_unsafe"),
         default="back",
-        help="store writes when a line leaves or the flush timer runs, or at once",
+        help="store writes now and then, or before each answer, or now and then without a log "
+        "(a killed home loses what it has not stored yet)",
     )
     p.add_argument(
         "--policy",
@@ -231,15 +234,36 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
 def _check_store(store: str) -> None:
     if store in ("", "memory"):
         return
-    if store.startswith(("redis://", "http://", "https://")):
-        raise ConfigError(
-            f"--store: {store.split(':')[0]} is not supported yet: memory, sqlite:PATH"
-        )
+    if store.startswith(("redis://", "rediss://", "http://", "https://")):
+        _check_store_url(store)
+        return
     path = store.removeprefix("sqlite:")
     if not store.startswith("sqlite:") or not path:
-        raise ConfigError(f"--store: expected memory or sqlite:PATH, got {store!r}")
+        raise ConfigError(
+            f"--store: expected memory, sqlite:PATH, redis://… or http(s)://…, got {store!r}"
+        )
     if not Path(path).parent.is_dir():
         raise ConfigError(f"--store: no such directory: {Path(path).parent}")
+
+
+def _check_store_url(store: str) -> None:
+    parts = urlsplit(store)
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if not parts.hostname or port == 0 or parts.fragment:
+        raise ConfigError(f"--store: expected {parts.scheme}://host, and perhaps a port and a path")
+    if parts.scheme in ("redis", "rediss"):
+        if find_spec("redis") is None:
+            raise ConfigError("--store: redis needs redis-py: pip install redis")
+        names = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+        if names - {"prefix"}:
+            raise ConfigError("--store: of the options in a redis URL, only ?prefix= is known")
+        if parts.path.strip("/") and not parts.path.strip("/").isdigit():
+            raise ConfigError("--store: expected redis://host:port/NUMBER")
+    elif parts.query or parts.username is not None:
+        raise ConfigError("--store: an origin's URL takes no query and no user")
 
 
 def _member_url(text: str, flag: str) -> str:

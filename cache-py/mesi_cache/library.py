@@ -25,7 +25,9 @@ import msgspec
 
 from mesi_cache import config as configuration
 from mesi_cache.calls import (
+    MAX_KEY_BYTES,
     CacheUnavailable,
+    KeyReused,
     NotAnInteger,
     VersionMismatch,
     check_key,
@@ -249,31 +251,44 @@ class CacheNode:
 
     # --- changing -----------------------------------------------------------------------------
 
-    async def set(self, key: str, value: Any, *, ttl: float | None = None) -> int:
-        """Write `value`, for `ttl` seconds (None: for ever). Returns its version."""
-        return (await self.change(key, Write(self._value(value), milliseconds(ttl)))).version
+    async def set(
+        self, key: str, value: Any, *, ttl: float | None = None, once: str | None = None
+    ) -> int:
+        """Write `value`, for `ttl` seconds (None: for ever). Returns its version.
+
+        `once`, here and in the next three, is an idempotency key: the same call again with the same
+        key, on any node, within an hour, has the same result and no further effect. Another call
+        with that key raises KeyReused."""
+        operation = Write(self._value(value), milliseconds(ttl))
+        return (await self.change(key, operation, once)).version
 
     async def cas(
-        self, key: str, expected_version: int, value: Any, *, ttl: float | None = None
+        self,
+        key: str,
+        expected_version: int,
+        value: Any,
+        *,
+        ttl: float | None = None,
+        once: str | None = None,
     ) -> int:
         """Write `value` if the key is still at `expected_version` (0: absent). Returns the new
         version; raises VersionMismatch."""
         operation = Cas(expected_version, self._value(value), milliseconds(ttl))
-        outcome = await self.change(key, operation)
+        outcome = await self.change(key, operation, once)
         if outcome.status == "mismatch":
             raise VersionMismatch(key, outcome.version)
         return outcome.version
 
-    async def delete(self, key: str) -> bool:
+    async def delete(self, key: str, *, once: str | None = None) -> bool:
         """Forget `key`, on every node, before this returns. False if there was nothing."""
-        return (await self.change(key, Delete())).status == "done"
+        return (await self.change(key, Delete(), once)).status == "done"
 
-    async def incr(self, key: str, by: int = 1) -> int:
+    async def incr(self, key: str, by: int = 1, *, once: str | None = None) -> int:
         """Add `by` to an integer (an absent key counts as 0), at once for all nodes. Returns the
         sum; raises NotAnInteger."""
         if type(by) is not int or abs(by) > 1 << 53:  # a bool is no number here
             raise ValueError("by: expected a whole number within 53 bits")
-        outcome = await self.change(key, Incr(by))
+        outcome = await self.change(key, Incr(by), once)
         if outcome.status == "not_integer" or outcome.value is None:
             raise NotAnInteger(f"{key!r} holds no integer in range")
         return int(outcome.value)
@@ -291,9 +306,14 @@ class CacheNode:
             for (key, _), answer in zip(changes, answers, strict=True)
         }
 
-    async def change(self, key: str, operation: Operation) -> Outcome:
+    async def change(self, key: str, operation: Operation, once: str | None = None) -> Outcome:
         """One change in the core's own words."""
-        return _outcome(await self._running().change(check_key(key), operation), key)
+        if once is not None and not 0 < len(once) <= MAX_KEY_BYTES:
+            raise ValueError(f"once: expected 1 to {MAX_KEY_BYTES} characters")
+        outcome = _outcome(await self._running().change(check_key(key), operation, once), key)
+        if outcome.status == "reused":
+            raise KeyReused(f"{once!r} was used for another change")
+        return outcome
 
     # --- functions ----------------------------------------------------------------------------
 

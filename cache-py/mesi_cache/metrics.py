@@ -53,6 +53,7 @@ class Metrics:
     peer_messages_sent: int = 0
     peer_messages_dropped: int = 0
     peers_connected: int = 0
+    store_failures: int = 0
     hit_ms: Latency = field(default_factory=Latency)
     miss_ms: Latency = field(default_factory=Latency)
     write_ms: Latency = field(default_factory=Latency)
@@ -89,6 +90,7 @@ def as_json(
         "peer_frames_sent": metrics.peer_frames_sent,
         "peer_messages_dropped": metrics.peer_messages_dropped,
         "peers_connected": metrics.peers_connected,
+        "store_failures": metrics.store_failures,
         "requests": metrics.requests,
         "errors": metrics.errors,
     }

@@ -9,37 +9,40 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-import msgspec
-
-from mesi_cache import __version__, metrics
+from mesi_cache import metrics
 from mesi_cache.api.events import EventHub
 from mesi_cache.clock import now_ms
 from mesi_cache.config import Config
 from mesi_cache.core.cache.table import LETTER
+from mesi_cache.core.directory.retries import FULL, REUSED
 from mesi_cache.core.machine import Machine
+from mesi_cache.core.messages import Backup, GetM, Message
 from mesi_cache.core.messages import Hello as CoreHello
-from mesi_cache.core.messages import Message
-from mesi_cache.core.numbers import counter_of, epoch_of
-from mesi_cache.core.records import Operation, Record
+from mesi_cache.core.records import Claim, Once, Operation
 from mesi_cache.core.settings import Settings
 from mesi_cache.core.step import Answer, Changed, Found, Missing, Step, Unavailable
+from mesi_cache.inside import Inside
 from mesi_cache.logs import Narrator
 from mesi_cache.metrics import Metrics
+from mesi_cache.ripening import PATIENCE_MS, Ripening, instead
 from mesi_cache.storage.main_memory import MainMemory
+from mesi_cache.storage.store import RESERVED, Loaded, StoreUnavailable
 from mesi_cache.transport.links import Hello, Links
 from mesi_cache.transport.wire import AskEntry, TellEntry, Wire
 
 log = logging.getLogger(__name__)
 
 MAX_CALLS = 20_000
-ASK_S = 2.0
+NAMED_S = 4.5
+CLAIM_PREFIX = RESERVED + "once" + RESERVED
+CLAIM_MS = 3_600_000  # how long an Idempotency-Key is remembered: an hour
 MEMBERS_DIFFER_S = 2.0
 HAND_OVER = 10_000
 HIT_SAMPLE = 7  # a hit is so quick that timing each would double it: one in eight
 STARTUP_GRACE_MS = 20
+TICK_S = 0.005
 
 
 class Node:
@@ -64,27 +67,30 @@ class Node:
             Settings(config.url, config.capacity, config.lease_ms, policy=config.policy),
             list(config.members),
             memory.epoch,
-            applied=memory.restored(),
+            applied=memory.restored.applied,
+            retries=memory.restored.retries,
             grants_from_ms=grants_from_ms,
         )
         self._cache = self.machine.cache
         self._grants_from_ms = grants_from_ms
         self._links: Links[Wire] | None = None
         self._calls: dict[int, asyncio.Future[Answer]] = {}
-        self._ripening: deque[tuple[int, Step]] = deque()  # until their log lines are durable
+        self._ripening = Ripening()
+        self._hurry: asyncio.TimerHandle | None = None
         self._own: list[Message] = []  # messages to this member itself
-        self._ready_records: list[tuple[str, Record | None]] = []
+        self._ready_records: list[tuple[str, Loaded]] = []
         self._running_own = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_ms = float("inf")
         self._ids = self.machine.names
         self._ids[config.url] = config.node_id
         self.differ: dict[str, float] = {}  # member -> when its other member list was last seen
-        self._asked: dict[int, asyncio.Future[bytes]] = {}
-        self._next_ask = 1
         self._watchers: dict[str, list[asyncio.Future[None]]] = {}
         self._stopping = False
         self._narrator = Narrator(events.publish)
+        self._inside = Inside(
+            config, self.machine, memory, counters, lambda url, m: self._link().send(url, m)
+        )
 
     def start(self, links: Links[Wire]) -> None:
         """Begin to serve. The links may be started afterwards."""
@@ -123,11 +129,34 @@ class Node:
         self._metrics.miss_ms.observe(now_ms() - began)
         return _as_read(answer)
 
-    async def change(self, key: str, operation: Operation) -> Changed | Unavailable:
+    async def change(
+        self, key: str, operation: Operation, name: str | None = None
+    ) -> Changed | Unavailable:
         began = now_ms()
-        answer = await self._ask(key, operation)
+        if name is None:
+            answer = await self._ask(key, operation)
+        else:
+            try:
+                async with asyncio.timeout(NAMED_S):
+                    answer = await self._change_once(key, operation, Once.of(name, key, operation))
+            except TimeoutError:
+                answer = Unavailable(False, "The key's home does not answer")
         self._metrics.write_ms.observe(now_ms() - began)
         return _as_change(answer)
+
+    async def _change_once(self, key: str, operation: Operation, once: Once) -> Answer:
+        """The name's own home sees to it that it means one change, the key's home that this change
+        happens once."""
+        claim = Claim(once.print.encode(), CLAIM_MS)
+        (answer,) = await self._ask_many(((CLAIM_PREFIX + once.name, claim),))
+        if not isinstance(answer, Changed):
+            return Unavailable(True, "The home of the Idempotency-Key does not answer")
+        if answer.outcome.value != claim.value:
+            return Changed(REUSED)
+        (answer,) = await self._ask_many(((key, operation),), once)
+        if isinstance(answer, Changed) and answer.outcome == FULL:
+            return Unavailable(True, "The key's home remembers too many Idempotency-Keys")
+        return answer
 
     async def read_many(self, keys: Sequence[str]) -> list[Found | Missing | Unavailable]:
         found = [self.lookup(key) for key in keys]
@@ -146,9 +175,18 @@ class Node:
         return [_as_change(answer) for answer in answers]
 
     async def _ask(self, key: str, operation: Operation | None) -> Answer:
-        return (await self._ask_many(((key, operation),)))[0]
+        reason = self._refusal(1)
+        if reason is not None:
+            return Unavailable(True, reason)
+        step = self._step()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._calls[self._cache.submit(step, key, operation)] = future
+        self._carry_out(step)
+        return await future
 
-    async def _ask_many(self, asked: Sequence[tuple[str, Operation | None]]) -> list[Answer]:
+    async def _ask_many(
+        self, asked: Sequence[tuple[str, Operation | None]], once: Once | None = None
+    ) -> list[Answer]:
         """All in one turn, so that what goes to one home leaves in one frame."""
         reason = self._refusal(len(asked))
         if reason is not None:
@@ -157,7 +195,7 @@ class Node:
         loop = asyncio.get_running_loop()
         for key, operation in asked:
             future: asyncio.Future[Answer] = loop.create_future()
-            self._calls[self._cache.submit(step, key, operation)] = future
+            self._calls[self._cache.submit(step, key, operation, once)] = future
             futures.append(future)
         self._carry_out(step)
         return [await future for future in futures]
@@ -186,87 +224,20 @@ class Node:
         return self._members_differ()
 
     def lines(self) -> list[dict[str, object]]:
-        now = now_ms()
-        return [
-            {
-                "key": line.key,
-                "state": LETTER[line.state],
-                "version": line.record.version,
-                "lease_left_ms": int(line.lease_left_ms(now)),
-            }
-            for line in self._cache.lines.in_order()
-        ]
+        return self._inside.lines()
 
     async def directory(self, key: str) -> dict[str, object] | Unavailable:
-        home = self.machine.placement.home(key)
-        if home == self._config.url:
-            return self._entry(key)
-        number = self._next_ask
-        self._next_ask += 1
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._asked[number] = future
-        try:
-            self._link().send(home, AskEntry(key, number))
-            async with asyncio.timeout(ASK_S):
-                entry: dict[str, object] = msgspec.json.decode(await future)
-                return entry
-        except TimeoutError:
-            return Unavailable(True, f"The key's home {home} does not answer")
-        finally:
-            self._asked.pop(number, None)
-
-    def _entry(self, key: str) -> dict[str, object]:
-        """This home's view of `key`, by members' ids where they are known."""
-        entry = self.machine.directory.entries.get(key)
-        answer: dict[str, object] = {
-            "key": key, "home": self._name(self._config.url), "state": "U", "owner": None,
-            "sharers": [], "version": None, "transaction": None,
-        }  # fmt: skip
-        if entry is None:
-            return answer
-        current = entry.current
-        names = {self._name(url): copy for url, copy in entry.copies.items()}
-        owners = [name for name, copy in names.items() if copy.state != "S"]
-        answer["state"] = str(entry.state)
-        answer["owner"] = owners[0] if owners else None
-        answer["sharers"] = [name for name, copy in names.items() if copy.state == "S"]
-        answer["version"] = entry.record.version
-        if current is not None:
-            answer["transaction"] = {
-                "by": self._name(current.source),
-                "request": type(current.message).__name__,
-                "epoch": epoch_of(entry.number),
-                "number": counter_of(entry.number),
-                "waits_for": [self._name(url) for url in entry.waits],
-                "queued": len(entry.queue),
-            }
-        return answer
+        return await self._inside.directory(key)
 
     def metrics_json(self) -> dict[str, object]:
-        states = {"M": 0, "E": 0, "S": 0}
-        for line in self._cache.lines.values():
-            states[LETTER[line.state]] += 1
-        lines, capacity = len(self._cache.lines), self._config.capacity
-        return metrics.as_json(self._metrics, self.machine.counts, lines, capacity, states)
+        return self._inside.metrics_json()
 
     def metrics_prometheus(self) -> bytes:
         return metrics.as_prometheus(self.metrics_json())
 
     def status(self) -> dict[str, object]:
-        connected = self._links.connected if self._links is not None else frozenset()
-        return {
-            "id": self._config.node_id,
-            "url": self._config.url,
-            "members": list(self._config.members),
-            "peers_connected": sorted(connected),
-            "epoch": self.machine.epoch,
-            "lines": len(self._cache.lines),
-            "capacity": self._config.capacity,
-            "keys_in_directory": len(self.machine.directory.entries),
-            "lease_ms": self._config.lease_ms,
-            "ready": self.not_ready_because() is None,
-            "version": __version__,
-        }
+        connected = self._links.connected if self._links is not None else frozenset[str]()
+        return self._inside.status(connected, ready=self.not_ready_because() is None)
 
     def not_ready_because(self) -> str | None:
         left_ms = self._grants_from_ms - now_ms() if self._grants_from_ms else 0
@@ -293,13 +264,12 @@ class Node:
         step = self._step()
         for message in messages:
             match message:
-                case AskEntry(key, request):
-                    entry = msgspec.json.encode(self._entry(key))
-                    self._link().send(hello.url, TellEntry(request, entry))
-                case TellEntry(request, entry):
-                    future = self._asked.get(request)
-                    if future is not None and not future.done():
-                        future.set_result(entry)
+                case AskEntry():
+                    self._inside.on_ask(hello.url, message)
+                case TellEntry():
+                    self._inside.on_tell(message)
+                case GetM() | Backup() if self._memory.overfull:
+                    pass  # as if lost: there is no room for what it would change
                 case _:
                     self.machine.receive(step, hello.url, hello.incarnation, message)
         self._carry_out(step)
@@ -325,14 +295,21 @@ class Node:
     # --- what the store tells -------------------------------------------------------------------
 
     def _settled(self) -> None:
-        while self._ripening and self._ripening[0][0] <= self._memory.settled:
-            self._release(self._ripening.popleft()[1])
+        for step in self._ripening.ripe(self._memory.settled):
+            self._release(step)
 
-    def _loaded(self, records: Iterable[tuple[str, Record | None]]) -> None:
+    def _loaded(self, records: Iterable[tuple[str, Loaded]]) -> None:
         step = self._step()
-        for key, record in records:
-            self.machine.loaded(step, key, record)
+        self._take_in(step, records)
         self._carry_out(step)
+
+    def _take_in(self, step: Step, records: Iterable[tuple[str, Loaded]]) -> None:
+        for key, record in records:
+            if isinstance(record, StoreUnavailable):
+                self._metrics.store_failures += 1
+                self.machine.load_failed(step, key)
+            else:
+                self.machine.loaded(step, key, record)
 
     def _leases_over(self) -> None:
         log.info("leases from before the restart are over: this home grants again")
@@ -359,14 +336,24 @@ class Node:
                 log.exception("cannot write the log: nothing may be told any more")
                 self._halt()
                 return
-        elif self._ripening:
-            position = self._ripening[-1][0]  # it may tell of what is not durable yet
         else:
-            position = 0
-        if position > self._memory.settled:
-            self._ripening.append((position, step))
-        else:
+            position = self._ripening.last  # it may tell of what is not durable yet
+        if position <= self._memory.settled:
             self._release(step)
+        elif self._ripening.add(position, step):
+            if self._hurry is None:
+                loop = asyncio.get_running_loop()
+                self._hurry = loop.call_later(PATIENCE_MS / 1000, self._hurry_up)
+        else:
+            self._answer(instead(step))
+            self._load(step)
+
+    def _hurry_up(self) -> None:
+        """Nobody waits longer than 5 s, whatever the disk or the store does."""
+        self._hurry = None
+        self._answer(self._ripening.overdue(now_ms()))
+        if len(self._ripening):
+            self._hurry = asyncio.get_running_loop().call_later(0.1, self._hurry_up)
 
     def _release(self, step: Step) -> None:
         for target, message in step.send:
@@ -374,19 +361,25 @@ class Node:
                 self._own.append(message)
             else:
                 self._link().send(target, message)
-        for token, answer in step.answers:
-            future = self._calls.pop(token, None)
-            if future is not None and not future.done():
-                future.set_result(answer)
+        self._answer(step.answers)
         for note in step.notes:
             self._narrator.tell(note)
             if note.key in self._watchers:
                 for watcher in self._watchers.pop(note.key):
                     if not watcher.done():
                         watcher.set_result(None)
+        self._load(step)
+        self._run_own()
+
+    def _answer(self, answers: Iterable[tuple[int, Answer]]) -> None:
+        for token, answer in answers:
+            future = self._calls.pop(token, None)
+            if future is not None and not future.done():
+                future.set_result(answer)
+
+    def _load(self, step: Step) -> None:
         if step.load:
             self._ready_records.extend(self._memory.load(step.load))
-        self._run_own()
 
     def _run_own(self) -> None:
         """What this member tells itself comes back in, after it was logged like everything else."""
@@ -398,10 +391,11 @@ class Node:
                 step = self._step()
                 own, self._own = self._own, []
                 for message in own:
+                    if self._memory.overfull and isinstance(message, GetM | Backup):
+                        continue
                     self.machine.receive(step, self._config.url, self.machine.epoch, message)
                 records, self._ready_records = self._ready_records, []
-                for key, record in records:
-                    self.machine.loaded(step, key, record)
+                self._take_in(step, records)
                 self._carry_out(step)
         finally:
             self._running_own = False
@@ -412,7 +406,8 @@ class Node:
         if at_ms < self._timer_at_ms:
             if self._timer is not None:
                 self._timer.cancel()
-            delay_s = max(0.001, (at_ms - now_ms()) / 1000)
+            # Nothing that is timed here needs milliseconds, and a busy node is due all the time.
+            delay_s = max(TICK_S, (at_ms - now_ms()) / 1000)
             self._timer_at_ms = at_ms
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
 
@@ -441,9 +436,10 @@ class Node:
         for future in list(self._calls.values()):
             if not future.done():
                 future.set_result(Unavailable(False, "This node is stopping"))
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer_at_ms = float("-inf")
+        for timer in (self._timer, self._hurry):
+            if timer is not None:
+                timer.cancel()
+        self._timer_at_ms = float("-inf")
         await self._memory.stop()
 
     def _name(self, url: str) -> str:

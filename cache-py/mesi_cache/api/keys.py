@@ -26,8 +26,11 @@ class Service(Protocol):
     async def read(self, key: str) -> Found | Missing | Unavailable:
         """The value of `key`, from this cache or its home; answered within 5 s."""
 
-    async def change(self, key: str, operation: Operation) -> Changed | Unavailable:
-        """Do `operation` once; answered within 5 s. It goes on if the caller leaves."""
+    async def change(
+        self, key: str, operation: Operation, name: str | None = None
+    ) -> Changed | Unavailable:
+        """Do `operation` once; answered within 5 s. It goes on if the caller leaves. Asked for
+        again under the same `name`, on any node, it is answered as before."""
 
     async def read_many(self, keys: Sequence[str]) -> list[Found | Missing | Unavailable]:
         """Like `lookup`, then `read`, of each; one round to each home."""

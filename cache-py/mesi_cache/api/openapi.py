@@ -23,6 +23,7 @@ class Route:
     query: type[msgspec.Struct] | None = None
     answers: dict[int, str] = field(default_factory=lambda: {200: "OK"})
     media_type: str = "application/json"
+    headers: Sequence[dict[str, object]] = ()
 
 
 def document(routes: Sequence[Route], title: str) -> bytes:
@@ -61,6 +62,7 @@ def _operation(route: Route, components: dict[str, dict[str, object]]) -> dict[s
         for part in route.path.split("/")
         if part.startswith("{")
     ]
+    parameters += route.headers
     if route.query is not None:
         schema = components[route.query.__name__]
         required = schema.get("required", [])

@@ -13,7 +13,14 @@ from mesi_cache.api import schemas
 from mesi_cache.api.errors import ApiError, json_response
 from mesi_cache.api.keys import EVENTS, REQUEST_ID, SERVICE, Service
 from mesi_cache.api.openapi import Route, document
-from mesi_cache.api.schemas import check_key, compact, read_json, read_query
+from mesi_cache.api.schemas import (
+    IDEMPOTENCY_KEY,
+    check_key,
+    compact,
+    idempotency_key,
+    read_json,
+    read_query,
+)
 from mesi_cache.core.records import Cas, Delete, Incr, Operation, Outcome, Write
 from mesi_cache.core.step import Changed, Found, Missing, Unavailable
 
@@ -24,7 +31,6 @@ _incr = msgspec.json.Decoder(schemas.Incr)
 _read_many = msgspec.json.Decoder(schemas.ReadMany)
 _write_many = msgspec.json.Decoder(schemas.WriteMany)
 T = TypeVar("T")
-IDEMPOTENCY_KEY = "Idempotency-Key"
 _PAGE = files("mesi_cache.dashboard").joinpath("index.html").read_bytes()
 
 
@@ -139,9 +145,11 @@ async def incr(request: web.Request) -> web.Response:
 
 
 async def _change(request: web.Request, key: str, operation: Operation) -> Outcome:
-    if IDEMPOTENCY_KEY in request.headers:  # ignoring it would break the promise that it asks for
-        raise ApiError(400, "Idempotency-Key is not supported", field=IDEMPOTENCY_KEY)
-    return _outcome(key, await request.app[SERVICE].change(key, operation))
+    name = idempotency_key(request) if IDEMPOTENCY_KEY in request.headers else None
+    outcome = _outcome(key, await request.app[SERVICE].change(key, operation, name))
+    if outcome.status == "reused":
+        raise ApiError(422, "Idempotency-Key was used for another request", key=key)
+    return outcome
 
 
 def _outcome(key: str, answer: Changed | Unavailable) -> Outcome:
@@ -230,18 +238,21 @@ async def dashboard(request: web.Request) -> web.Response:
 
 
 _FAILS = {400: "Bad input", 503: "Unavailable; `definite` says whether anything happened"}
+_NAMED = {422: "Idempotency-Key was used for another request"}
 
 ROUTES = (
     Route("GET", "/read", read, "Read a key", query=schemas.KeyQuery,
           answers={200: "The value", 404: "Key not found", **_FAILS}),
     Route("POST", "/write", write, "Write a key", body=schemas.Write,
-          answers={200: "Written", **_FAILS}),
+          answers={200: "Written", **_NAMED, **_FAILS}, headers=(schemas.NAME,)),
     Route("POST", "/cas", cas, "Write if the version matches", body=schemas.Cas,
-          answers={200: "Written", 409: "Version mismatch", **_FAILS}),
+          answers={200: "Written", 409: "Version mismatch", **_NAMED, **_FAILS},
+          headers=(schemas.NAME,)),
     Route("POST", "/delete", delete, "Delete a key", body=schemas.Delete,
-          answers={200: "Absent now", **_FAILS}),
+          answers={200: "Absent now", **_NAMED, **_FAILS}, headers=(schemas.NAME,)),
     Route("POST", "/incr", incr, "Add to an integer", body=schemas.Incr,
-          answers={200: "The new value", 409: "Not an integer", **_FAILS}),
+          answers={200: "The new value", 409: "Not an integer", **_NAMED, **_FAILS},
+          headers=(schemas.NAME,)),
     Route("POST", "/mread", mread, "Read many keys", body=schemas.ReadMany,
           answers={200: "A result for each", **_FAILS}),
     Route("POST", "/mwrite", mwrite, "Write many keys", body=schemas.WriteMany,

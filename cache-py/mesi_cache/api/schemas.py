@@ -13,6 +13,12 @@ from mesi_cache.api.errors import ApiError
 
 MAX_JSON_DEPTH = 64
 MAX_BATCH = 1000
+IDEMPOTENCY_KEY = "Idempotency-Key"
+NAME: dict[str, object] = {
+    "name": IDEMPOTENCY_KEY, "in": "header", "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": "^[!-~ ]+$"},
+    "description": "The same key again, at any node, within an hour: the same answer, one effect",
+}  # fmt: skip
 MAX_TTL_MS = 10 * 365 * 86_400_000
 Key = Annotated[str, Meta(min_length=1, max_length=256)]
 Version = Annotated[int, Meta(ge=0, le=1 << 62)]
@@ -22,6 +28,7 @@ _encoder = msgspec.json.Encoder()
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 _NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<field>[^`]*)`")
 # 19 digits can exceed 64 bits; most bodies have no such run and are never walked.
+_VISIBLE = re.compile(r"[!-~](?:[ -~]{0,254}[!-~])?")
 _LONG_NUMBER = re.compile(rb"\d{19}")
 
 
@@ -149,6 +156,15 @@ def bad_field(e: msgspec.ValidationError) -> ApiError:
     if not path:
         return ApiError(400, "Invalid JSON", detail=what)
     return ApiError(400, "Invalid field", field=path, detail=what)
+
+
+def idempotency_key(request: web.Request) -> str:
+    """The header's text: 1 to 256 visible ASCII characters, once. Raises ApiError 400."""
+    values = request.headers.getall(IDEMPOTENCY_KEY)
+    if len(values) != 1 or not _VISIBLE.fullmatch(values[0]):
+        detail = "Expected one, of 1 to 256 visible ASCII characters"
+        raise ApiError(400, "Invalid field", field=IDEMPOTENCY_KEY, detail=detail)
+    return values[0]
 
 
 def check_key(value: str, field: str = "key") -> str:

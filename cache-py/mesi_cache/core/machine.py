@@ -126,6 +126,10 @@ class Machine:
         """Main memory's answer to `Step.load`."""
         self.directory.loaded(step, key, record)
 
+    def load_failed(self, step: Step, key: str) -> None:
+        """Main memory does not answer to `Step.load` now."""
+        self.directory.load_failed(step, key)
+
     def tick(self, step: Step) -> None:
         """Do what is due at `step.now_ms`."""
         self.cache.tick(step)

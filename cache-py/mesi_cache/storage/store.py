@@ -1,46 +1,77 @@
-"""Main memory: the home's slice of the keys, in an embedded SQLite file or in this process.
+"""Main memory as a home needs it: load records, save what was logged.
 
-Called from threads only, never from the event loop. Deleted keys stay as tombstones: their versions
-must not come again.
+A version must never mean two values, so a deleted key keeps its version for a while (a tombstone).
+Tombstones are not kept for ever: when there are more than MOST_TOMBSTONES, some go, and what they
+forbade is remembered in a *floor*, the highest version ever removed among the keys of one of 2^20
+buckets. A key without a record begins above its bucket's floor.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
+from zlib import crc32
 
-import msgspec
-
-from mesi_cache.config import ConfigError
+from mesi_cache.core.directory.retries import RetryRow
 from mesi_cache.core.records import Outcome, Record
 
 AppliedRow = tuple[str, int, int, Outcome | None]
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS main_memory (
-    key TEXT PRIMARY KEY, value BLOB, version INTEGER NOT NULL, expires_ms INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS applied (source TEXT, floor INTEGER, operation_id INTEGER, outcome BLOB);
-CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
+BUCKETS = 1 << 20
+MOST_TOMBSTONES = 10_000
+SWEEP = 1_000  # rows that one save removes at most
+OVERDUE_MS = 60_000  # a value whose time is up so long ago, and that nobody asked for, is removed
+RESERVED = "\x00"  # first character of keys that no client can name
+
+
+def bucket(key: str) -> int:
+    return crc32(key.encode()) & (BUCKETS - 1)
+
+
+class StoreUnavailable(Exception):
+    """Main memory does not answer now; it is asked again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What one write-back carries. `wall_ms` is the time of it."""
+
+    records: Sequence[tuple[str, Record]]
+    applied: Sequence[AppliedRow]  # all of them
+    retries: Sequence[RetryRow]  # new ones
+    wall_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restarted home remembers beside its keys."""
+
+    applied: list[AppliedRow] = field(default_factory=list)
+    retries: list[RetryRow] = field(default_factory=list)
+
+
+Loaded = Record | None | StoreUnavailable
 
 
 class Store(Protocol):
-    """What a home needs of its main memory."""
+    """Main memory. Its methods are called on the event loop, one `save` at a time."""
 
-    def load(self, keys: Sequence[str]) -> list[Record | None]:
-        """The records of `keys`, None where there never was one."""
+    async def load(self, keys: Sequence[str]) -> Sequence[Loaded]:
+        """The records of `keys`: None where there never was one."""
 
-    def save(self, records: Iterable[tuple[str, Record]], applied: Iterable[AppliedRow]) -> None:
-        """Replace these records and all of `applied`, in one durable transaction."""
+    async def save(self, saving: Saving) -> None:
+        """Take all of it over, durably. Raises StoreUnavailable: then it must be called again."""
 
-    def applied(self) -> list[AppliedRow]:
-        """What the last `save` was given."""
+    async def stop(self) -> None:
+        """Close connections."""
+
+    def restored(self) -> Restored:
+        """What the last `save` was given, for a new life."""
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of files, after the event loop has stopped."""
 
 
 class MemoryStore:
@@ -48,74 +79,47 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._records: dict[str, Record] = {}
+        self._floors: dict[int, int] = {}
+        self._tombstones: dict[str, None] = {}
+        self._deadlines: list[tuple[int, str]] = []
 
-    def load(self, keys: Sequence[str]) -> list[Record | None]:
-        return [self._records.get(key) for key in keys]
+    def now(self, key: str) -> Record | None:
+        """As `load`, at once."""
+        record = self._records.get(key)
+        if record is None and (floor := self._floors.get(bucket(key))):
+            return Record(None, floor)
+        return record
 
-    def save(self, records: Iterable[tuple[str, Record]], applied: Iterable[AppliedRow]) -> None:
-        self._records.update(records)
+    async def load(self, keys: Sequence[str]) -> Sequence[Loaded]:
+        return [self.now(key) for key in keys]
 
-    def applied(self) -> list[AppliedRow]:
-        return []
+    async def save(self, saving: Saving) -> None:
+        for key, record in saving.records:
+            self._records[key] = record
+            self._tombstones.pop(key, None)
+            if record.value is None:
+                self._tombstones[key] = None
+            elif record.expires_ms:
+                heapq.heappush(self._deadlines, (record.expires_ms, key))
+        before_ms = saving.wall_ms - OVERDUE_MS
+        while self._deadlines and self._deadlines[0][0] < before_ms:
+            expires_ms, key = heapq.heappop(self._deadlines)
+            found = self._records.get(key)
+            if found is not None and found.expires_ms == expires_ms:
+                self._remove(key)
+        while len(self._tombstones) > MOST_TOMBSTONES:
+            self._remove(next(iter(self._tombstones)))
+
+    def _remove(self, key: str) -> None:
+        version = self._records.pop(key).version
+        self._tombstones.pop(key, None)
+        self._floors[bucket(key)] = max(self._floors.get(bucket(key), 0), version)
+
+    async def stop(self) -> None:
+        pass
+
+    def restored(self) -> Restored:
+        return Restored()
 
     def close(self) -> None:
         pass
-
-
-class SqliteStore:
-    """One file; one connection writes, another reads (WAL lets them work side by side)."""
-
-    def __init__(self, path: Path, owner: str) -> None:
-        """`owner` says whose slice it is. Raises ConfigError for another's or unusable file."""
-        try:
-            self._writer = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._writer.execute("PRAGMA journal_mode=WAL")
-            # The log's segment goes after the commit, so the commit itself must be durable.
-            self._writer.execute("PRAGMA synchronous=FULL")
-            self._writer.executescript(_SCHEMA)
-            self._writer.execute("INSERT OR IGNORE INTO about VALUES ('owner', ?)", (owner,))
-            row = self._writer.execute("SELECT value FROM about WHERE name='owner'").fetchone()
-            self._reader = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        except sqlite3.Error as e:
-            raise ConfigError(f"--store: {path}: {e}") from e
-        if row[0] != owner:
-            self.close()
-            raise ConfigError(f"--store: {path} belongs to {row[0]}, not to {owner}")
-
-    def load(self, keys: Sequence[str]) -> list[Record | None]:
-        found: dict[str, Record] = {}
-        for start in range(0, len(keys), 500):
-            part = keys[start : start + 500]
-            marks = ",".join("?" * len(part))
-            rows = self._reader.execute(
-                f"SELECT key, value, version, expires_ms FROM main_memory WHERE key IN ({marks})",  # noqa: S608 - only question marks
-                part,
-            )
-            for key, value, version, expires_ms in rows:
-                found[key] = Record(value, version, expires_ms)
-        return [found.get(key) for key in keys]
-
-    def save(self, records: Iterable[tuple[str, Record]], applied: Iterable[AppliedRow]) -> None:
-        rows = [(key, r.value, r.version, r.expires_ms) for key, r in records]
-        kept = [
-            (source, floor, operation_id, msgspec.msgpack.encode(outcome))
-            for source, floor, operation_id, outcome in applied
-        ]
-        self._writer.execute("BEGIN IMMEDIATE")
-        try:
-            self._writer.executemany("REPLACE INTO main_memory VALUES (?, ?, ?, ?)", rows)
-            self._writer.execute("DELETE FROM applied")
-            self._writer.executemany("INSERT INTO applied VALUES (?, ?, ?, ?)", kept)
-            self._writer.execute("COMMIT")
-        except BaseException:
-            self._writer.execute("ROLLBACK")
-            raise
-
-    def applied(self) -> list[AppliedRow]:
-        decoder = msgspec.msgpack.Decoder(Outcome | None)
-        rows = self._writer.execute("SELECT source, floor, operation_id, outcome FROM applied")
-        return [(source, floor, number, decoder.decode(o)) for source, floor, number, o in rows]
-
-    def close(self) -> None:
-        self._writer.close()
-        self._reader.close()

@@ -13,6 +13,7 @@ from mesi_cache.config import Config, ConfigError
 from mesi_cache.core.records import Outcome, Record
 from mesi_cache.core.step import Logged
 from mesi_cache.storage.main_memory import MainMemory
+from mesi_cache.storage.store import Loaded
 from mesi_cache.storage.write_log import WriteLog
 
 
@@ -36,7 +37,7 @@ class Running:
     def __init__(self, settings: Config) -> None:
         self.memory = MainMemory.open(settings)
         self.settled = asyncio.Event()
-        self.loaded: dict[str, Record | None] = {}
+        self.loaded: dict[str, Loaded] = {}
         self.arrived = asyncio.Event()
         self.memory.start(
             on_settled=self.settled.set,
@@ -45,11 +46,11 @@ class Running:
             failed=lambda error: pytest.fail(str(error)),
         )
 
-    def _on_loaded(self, records: Sequence[tuple[str, Record | None]]) -> None:
+    def _on_loaded(self, records: Sequence[tuple[str, Loaded]]) -> None:
         self.loaded.update(records)
         self.arrived.set()
 
-    async def load(self, key: str) -> Record | None:
+    async def load(self, key: str) -> Loaded:
         self.arrived.clear()
         known = dict(self.memory.load([key]))
         if key in known:
@@ -114,7 +115,7 @@ async def test_what_was_appended_survives_a_crash_before_any_sync(tmp_path: Path
     second = Running(settings)
     assert second.memory.epoch == first.memory.epoch + 1
     assert await second.load("k") == Record(b"2", 2)
-    assert ("a", 0, 2, Outcome("done", 2)) in second.memory.restored()
+    assert ("a", 0, 2, Outcome("done", 2)) in second.memory.restored.applied
     await second.crash()
 
 
@@ -129,7 +130,7 @@ async def test_what_is_stored_needs_its_log_no_longer(tmp_path: Path) -> None:
     assert await second.load("k") == Record(b"1", 1)
     assert await second.load("other") == Record(b"2", 2)
     assert await second.load("nothing") is None
-    assert ("a", 1, 2, Outcome("done", 2)) in second.memory.restored()
+    assert ("a", 1, 2, Outcome("done", 2)) in second.memory.restored.applied
     await second.crash()
 
 
@@ -147,7 +148,7 @@ async def test_write_through_stores_before_it_tells(tmp_path: Path) -> None:
     position = running.memory.append([_line(1)])
     assert running.memory.settled < position
     await asyncio.wait_for(running.settled.wait(), 20)
-    assert running.memory._store.load(["k"]) == [Record(b"1", 1)]
+    assert await running.memory._store.load(["k"]) == [Record(b"1", 1)]
     await running.crash()
 
 

@@ -76,7 +76,10 @@ class Directory:
     def on_request(self, step: Step, source: str, incarnation: int, message: GetS | GetM) -> None:
         asked = Asked(source, incarnation, message)
         if step.now_ms < self.grants_from_ms:
-            if len(self._held) < self._settings.max_held:
+            held = self._held.get((source, message.key))
+            if held is not None and held.message.request > message.request:
+                return  # delayed: its sender has long asked anew
+            if len(self._held) < self._settings.max_held or held is not None:
                 self._held[source, message.key] = asked  # a newer request replaces the older
             return
         self._queue(step, asked)
@@ -241,6 +244,16 @@ class Directory:
             entry.record = record or ABSENT
             self._fire(step, entry, Event.LOADED)
             self._advance(step, entry)
+
+    def load_failed(self, step: Step, key: str) -> None:
+        """The store does not answer. Whoever still waits asks again; nothing is kept meanwhile, so
+        a store that stays away costs no memory."""
+        entry = self.entries.get(key)
+        if entry is not None and entry.state is State.BUSY_LOAD:
+            entry.current = None
+            entry.queue.clear()
+            self._fire(step, entry, Event.LOAD_FAILED)
+            self._tidy(entry)
 
     # --- time ---------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from mesi_cache.core.records import Once, Outcome
 
-REMEMBERED_MS = 3_660_000  # a minute longer than a claim, so that no claim outlives it
+REMEMBERED_MS = 3_660_000  # a minute longer than the node's claim to the name
 MOST = 100_000
 REUSED = Outcome("reused", 0)
 FULL = Outcome("full", 0)

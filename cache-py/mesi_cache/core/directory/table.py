@@ -40,6 +40,7 @@ class Event(StrEnum):
     RETURN = "return"  # the owner asks anew: it no longer has its copy
     # What else happens:
     LOADED = "loaded"
+    LOAD_FAILED = "load_failed"  # who waits for it asks again
     SHARED = "shared"  # cleared away, and a shared copy remains
     FREE = "free"  # cleared away, no copy remains
     GONE = "gone"  # the last copy was put back
@@ -66,7 +67,7 @@ Row = tuple[State, tuple[Do, ...]]
 
 _ROWS: dict[State, dict[Event, Row]] = {
     S.N: {E.ASK: (S.BUSY_LOAD, (D.LOAD,))},
-    S.BUSY_LOAD: {E.LOADED: (S.U, (D.RESUME,))},
+    S.BUSY_LOAD: {E.LOADED: (S.U, (D.RESUME,)), E.LOAD_FAILED: (S.N, ())},
     S.U: {
         E.READ: (S.EM, (D.GRANT_E,)),
         E.READ_NONE: (S.U, (D.ANSWER,)),
