@@ -1,26 +1,9 @@
-"""The Python client.
-
-    async with LockClient(["http://127.0.0.1:8000", "http://127.0.0.1:8001"]) as client:
-        async with client.lock("jobs", ttl_ms=5_000) as held:
-            write(token=held.fencing_token)
-
-It finds the leader, follows it when it changes, and sends every request again under the same
-request id until the outcome is known. In the background it keeps the leases alive. When one is
-lost all the same (no majority for too long, an operator, this process slept), `held.lost` becomes
-true and the body of the `async with` is cancelled and leaves by `LeaseLost`: code that believes it
-holds a lock must not go on by mistake. What the body did in its last moments is only safe if the
-resource checks `held.fencing_token`.
-
-A lease is counted from the moment its request was *sent*, so the client gives up no later than the
-cluster does. One `LockClient` is one `client_id`: within it a lock is held once at a time, and a
-second task that wants the same one waits its turn here.
-"""
+"""Locks as a client holds them: for the length of a block, kept alive, and lost out loud."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import secrets
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -28,62 +11,20 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
-import aiohttp
-import msgspec
+from lock_manager.client.cluster import BACKOFF_S, Cluster
+from lock_manager.client.errors import (
+    LeaseLost,
+    LockError,
+    LockHeld,
+    LockTimeout,
+    Refused,
+    Unavailable,
+)
 
-BACKOFF_S = (0.02, 0.5)
-CONNECT_TIMEOUT_S = 1.0
-ANSWER_TIMEOUT_S = 5.0  # beyond what the request itself may wait
-LOOK_AROUND_S = 1.0  # while a request waits this long, ask the others who leads
 KEEPALIVES_PER_LEASE = 3
 RELEASE_PERSIST_S = 5.0
 
 log = logging.getLogger(__name__)
-
-
-class LockError(Exception):
-    """Base of all errors of this client."""
-
-
-class LockHeld(LockError):
-    """A try (`wait_ms=0`) found the lock taken; `holders` as in the HTTP answer."""
-
-    def __init__(self, holders: list[dict[str, Any]]) -> None:
-        super().__init__("the lock is held")
-        self.holders = holders
-
-
-class LockTimeout(LockError):
-    """`wait_ms` passed."""
-
-
-class DeadlockDetected(LockError):
-    """Waiting would never have ended; `cycle` names the clients, this one first."""
-
-    def __init__(self, cycle: list[str]) -> None:
-        super().__init__(f"deadlock: {' -> '.join(cycle)}")
-        self.cycle = cycle
-
-
-class LeaseLost(LockError):
-    """The lock is not this client's any more, though it did not release it."""
-
-
-class Refused(LockError):
-    """The request itself is wrong, or not possible; `status` and `body` of the HTTP answer."""
-
-    def __init__(self, status: int, body: dict[str, Any]) -> None:
-        super().__init__(f"{status}: {body.get('error', 'refused')}")
-        self.status = status
-        self.body = body
-
-
-class Unavailable(LockError):
-    """No answer in time. If not `definite`, the request may still take effect."""
-
-    def __init__(self, message: str, *, definite: bool) -> None:
-        super().__init__(message)
-        self.definite = definite
 
 
 class Held:
@@ -151,23 +92,15 @@ class LockClient:
         persist_s: float = 30.0,
         ssl: ssl.SSLContext | None = None,
     ) -> None:
-        if not urls:
-            raise ValueError("at least one URL is needed")
         self.client_id = client_id or f"py-{secrets.token_hex(8)}"
-        self._urls = [url.rstrip("/") for url in urls]
-        self._leader = self._urls[0]
-        self._persist_s = persist_s
-        self._ssl = ssl
-        self._session: aiohttp.ClientSession | None = None
+        self._cluster = Cluster(urls, persist_s=persist_s, ssl=ssl)
         self._held: set[Held] = set()
         self._turns: dict[str, asyncio.Lock] = {}
         self._keeper: asyncio.Task[None] | None = None
-        self._meeting: asyncio.Task[None] | None = None
         self._new_lease = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=0, ssl=self._ssl or True)
-        self._session = aiohttp.ClientSession(connector=connector)
+        self._cluster.open()
         self._keeper = asyncio.create_task(self._keep_alive(), name="lock keepalive")
         return self
 
@@ -177,13 +110,11 @@ class LockClient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for task in (self._keeper, self._meeting):
-            if task is not None:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-        if self._session is not None:
-            await self._session.close()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._keeper
+        await self._cluster.close()
 
     # --- locks --------------------------------------------------------------------------------
 
@@ -278,7 +209,7 @@ class LockClient:
         if ttl_ms is not None:
             body["ttl_ms"] = ttl_ms
         try:
-            answer, sent_s = await self._ask("/acquire", body, wait_s=ask["wait_ms"] / 1000)
+            answer, sent_s = await self._cluster.ask("/acquire", body, wait_s=ask["wait_ms"] / 1000)
             held = Held(names, answer["fencing_token"], ttl_ms)
             if ttl_ms is not None:
                 await self._begin_lease(held, sent_s, answer["expires_in_ms"] / 1000)
@@ -310,7 +241,9 @@ class LockClient:
             if token is not None:
                 body["fencing_token"] = token
             try:
-                await self._ask("/release", body, persist_s=min(self._persist_s, RELEASE_PERSIST_S))
+                await self._cluster.ask(
+                    "/release", body, persist_s=min(self._cluster.persist_s, RELEASE_PERSIST_S)
+                )
             except Unavailable as error:
                 log.warning("could not release %s: %s", name, error)
             except Refused as refused:
@@ -343,7 +276,7 @@ class LockClient:
         shortest_s = min((held.ttl_ms or 0) for held in leases) / 1000
         lost: set[str] = set()
         try:
-            _, sent_s = await self._ask(
+            _, sent_s = await self._cluster.ask(
                 "/keepalive", {"client_id": self.client_id}, persist_s=shortest_s
             )
         except Refused as refused:
@@ -356,133 +289,3 @@ class LockClient:
                 held._lose()
             elif held.ttl_ms is not None:
                 held._lasts_until(sent_s + held.ttl_ms / 1000)
-
-    # --- requests -----------------------------------------------------------------------------
-
-    async def _ask(
-        self,
-        path: str,
-        body: dict[str, Any],
-        *,
-        wait_s: float = 0.0,
-        persist_s: float | None = None,
-    ) -> tuple[dict[str, Any], float]:
-        """The answer's body, and when the request that it answers was sent."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + wait_s + (self._persist_s if persist_s is None else persist_s)
-        encoded = msgspec.json.encode(body)
-        backoff_s = BACKOFF_S[0]
-        definite = True
-        while True:
-            url, sent_s = self._leader, loop.time()
-            limit_s = min(wait_s + ANSWER_TIMEOUT_S, max(0.05, deadline - sent_s))
-            try:
-                status, answer = await self._exchange(url, path, encoded, limit_s)
-            except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
-                definite = False
-                self._look_elsewhere(url)
-            else:
-                match status:
-                    case 200:
-                        if self._meeting is None:
-                            self._meeting = asyncio.create_task(self._meet_the_others(url))
-                        return answer, sent_s
-                    case 307 if answer.get("leader"):
-                        self._learn(answer["leader"])
-                        if self._leader != url:
-                            continue
-                    case 503:
-                        definite = definite and answer.get("definite", True) is not False
-                        self._look_elsewhere(url)
-                    case _:
-                        _raise(status, {**answer, "sent_s": sent_s})
-            if loop.time() + backoff_s > deadline:
-                raise Unavailable(f"no node answers {path}", definite=definite)
-            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-            backoff_s = min(backoff_s * 2, BACKOFF_S[1])
-
-    async def _exchange(
-        self, url: str, path: str, body: bytes, limit_s: float
-    ) -> tuple[int, dict[str, Any]]:
-        """One request to one node; given up when the others say that somebody else leads."""
-        request = asyncio.create_task(self._post(url, path, body, limit_s))
-        try:
-            while True:
-                done, _ = await asyncio.wait((request,), timeout=LOOK_AROUND_S)
-                if done:
-                    return request.result()
-                if await self._leads_elsewhere(url):
-                    raise TimeoutError("another node leads")
-        finally:
-            if not request.done():
-                request.cancel()
-                with suppress(asyncio.CancelledError, aiohttp.ClientError, OSError):
-                    await request
-
-    async def _post(
-        self, url: str, path: str, body: bytes, limit_s: float
-    ) -> tuple[int, dict[str, Any]]:
-        if self._session is None:
-            raise RuntimeError("use the client by `async with`")
-        timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=CONNECT_TIMEOUT_S)
-        async with self._session.post(
-            url + path, data=body, timeout=timeout, allow_redirects=False
-        ) as response:
-            return response.status, msgspec.json.decode(await response.read(), type=dict[str, Any])
-
-    async def _leads_elsewhere(self, url: str) -> bool:
-        """Whether another node is known to lead; then it is learned."""
-        others = [other for other in self._urls if other != url]
-        random.shuffle(others)
-        for other in others:
-            leader = (await self._status(other)).get("leader")
-            if leader not in (None, url):
-                self._learn(leader)
-                return True
-        return False
-
-    async def _meet_the_others(self, url: str) -> None:
-        """Learn every member's address, for when the ones we were given are all down."""
-        scheme = url.partition("://")[0]
-        peers = (await self._status(url)).get("peers", ())
-        if not peers:
-            self._meeting = None  # after the next answer, then
-        for peer in peers:
-            other = f"{scheme}://{peer['http_addr']}"
-            if peer["http_addr"] and other not in self._urls:
-                self._urls.append(other)
-
-    async def _status(self, url: str) -> dict[str, Any]:
-        """A node's /status; empty if it does not answer."""
-        timeout = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT_S)
-        if self._session is not None:
-            with suppress(aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
-                async with self._session.get(url + "/status", timeout=timeout) as response:
-                    return msgspec.json.decode(await response.read(), type=dict[str, Any])
-        return {}
-
-    def _learn(self, url: str) -> None:
-        self._leader = url
-        if url not in self._urls:
-            self._urls.append(url)
-
-    def _look_elsewhere(self, url: str) -> None:
-        """Try the next node, unless another task found a better one meanwhile."""
-        if self._leader == url:
-            at = self._urls.index(url)
-            self._leader = self._urls[(at + 1) % len(self._urls)]
-
-
-def _raise(status: int, body: dict[str, Any]) -> None:
-    """Raise what an answer that is not a success means."""
-    match body.get("status"):
-        case "held":
-            raise LockHeld(body.get("holders", []))
-        case "timeout":
-            raise LockTimeout("timed out waiting for the lock")
-        case "deadlock":
-            raise DeadlockDetected(body.get("cycle", []))
-        case "lost" if "locks" not in body:  # not keepalive's, which renewed the others
-            raise LeaseLost(f"lost: {', '.join(body.get('lost', ()))}")
-        case _:
-            raise Refused(status, body)
