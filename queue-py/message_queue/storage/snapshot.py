@@ -25,12 +25,13 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from message_queue.core.messages import CheckpointRecord
+from message_queue.core.ids import pack_dot, unpack_dot
+from message_queue.core.messages import CheckpointRecord, Count, PartitionId
 from message_queue.core.replication.dots import well_formed, well_formed_chunks
 from message_queue.core.replication.state import PartitionState
 from message_queue.storage import files
 from message_queue.storage.framing import frame, frame_at
-from message_queue.storage.index import BLOCK, Block, Index
+from message_queue.storage.index import BLOCK, BLOCK_BITS, Block, Index
 from message_queue.storage.log import Mark
 
 MAGIC: Final = b"MQIDX\x00\x00\x01"
@@ -48,8 +49,10 @@ class State(Struct, frozen=True, array_like=True, tag=1):
 class Row(Struct, frozen=True, array_like=True):
     """A block of the index: its columns as they lie in memory."""
 
-    partition: int
-    key: int
+    partition: PartitionId
+    epoch: Count
+    number: Count
+    """Which 1,024 seqs of the epoch."""
     columns: tuple[bytes, bytes, bytes, bytes, bytes, bytes]
     extras: dict[int, bytes]
 
@@ -115,7 +118,9 @@ def pages(index: Index) -> Iterator[Page]:
                     block.trim()
                 columns = [column.tobytes() for column in block.columns()]
                 extras = dict(block.extras or {})
-                rows.append(Row(partition, key, tuple(columns), extras))  # type: ignore[arg-type]  # six
+                epoch, first = unpack_dot(key << BLOCK_BITS)
+                number = first >> BLOCK_BITS
+                rows.append(Row(partition, epoch, number, tuple(columns), extras))  # type: ignore[arg-type]  # six
                 names |= index.names_in(block)
             yield Page(tuple(rows), names)
 
@@ -148,7 +153,8 @@ def parse(data: bytes) -> Snapshot:
                     found.states[checkpoint.partition] = _state(checkpoint)
                 case Page(rows, names):
                     for row in rows:
-                        found.index.adopt(row.partition, row.key, _block(row), names)
+                        key = pack_dot(row.epoch, row.number << BLOCK_BITS) >> BLOCK_BITS
+                        found.index.adopt(row.partition, key, _block(row), names)
                 case End():
                     if part.frames != frames or at != len(data):
                         raise SnapshotUnreadable(f"{frames} parts before its end")
