@@ -1,7 +1,9 @@
-"""Load three nodes of this service on loopback, print what they do: `python bench/run.py --help`.
+"""Our nodes beside Redis and memcached, in one run on this machine: `python bench/run.py --help`.
 
-Durable defaults in a scratch directory, a lean client, medians of several rounds. The floor beside
-the hits is an aiohttp handler that answers a constant, measured in the same run by the same client.
+Parts: hits, writes, misses, invalidation, inside (the same process), zipf, growth. Every round does
+each line of a part once; printed are medians of the rounds, and ratios. The floor is an aiohttp
+handler that answers a constant, asked by the same lean client. Without a peer its lines are left
+out. Ours are durable (every change is logged at its home); Redis and memcached write no disk here.
 """
 
 from __future__ import annotations
@@ -9,240 +11,360 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
-import statistics
-import subprocess
+import random
 import sys
 import tempfile
 import time
-import urllib.request
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from importlib import import_module
+from itertools import accumulate, count
 from pathlib import Path
+from typing import Any
 
+from figures import Figure, Table, median, of, show, show_latency
 from lean_client import LeanClient
+from nodes import Floor, Nodes, connect, free_ports, read, write
+from peers import Memcached, RawMemcached, RawRedis, Redis
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from mesi_cache import CacheNode
 
-from mesi_cache.core.machine import Machine
-from mesi_cache.core.records import Write
-from mesi_cache.core.settings import Settings
-from mesi_cache.core.step import Step
-
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
-FLOOR = """
-import sys
-from aiohttp import web
-try:
-    import uvloop; uvloop.install()
-except ImportError: pass
-async def hello(request):
-    return web.Response(body=b'{"key":"k","value":"x","state":"M","hit":true}',
-                        content_type="application/json")
-app = web.Application(); app.router.add_get("/read", hello)
-web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), access_log=None, print=None)
-"""
+VALUE = b"x" * 64
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+class Bench:
+    """What all parts share."""
+
+    def __init__(self, seconds: float, rounds: int, flags: list[str]) -> None:
+        self.seconds = seconds
+        self.rounds = rounds
+        self.flags = flags
+
+    def table(self) -> Table:
+        return Table(self.seconds, self.rounds)
 
 
-class Cluster:
-    """Three nodes and the floor, for the time of a `with`."""
-
-    def __init__(self, root: Path, flags: list[str]) -> None:
-        *ports, floor = free_ports(4)
-        self.addresses = [f"127.0.0.1:{port}" for port in ports]
-        self.floor = f"127.0.0.1:{floor}"
-        self._children = [
-            subprocess.Popen(
-                [sys.executable, str(MAIN), f"--addr={address}", f"--id=node{name}",
-                 "--capacity=10000", f"--data_dir={root / name}", "--log_level=warning",
-                 "--peers=" + ",".join(f"http://{a}" for a in self.addresses if a != address),
-                 *flags],
-            )
-            for name, address in zip("ABC", self.addresses, strict=True)
-        ]  # fmt: skip
-        self._children.append(subprocess.Popen([sys.executable, "-c", FLOOR, str(floor)]))
-
-    def __enter__(self) -> Cluster:
-        for address in self.addresses:
-            _wait(lambda a=address: len(_json(a, "/status")["peers_connected"]) == 2)
-        _wait(lambda: urllib.request.urlopen(f"http://{self.floor}/read").status == 200)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for child in self._children:
-            child.terminate()
-        for child in self._children:
-            child.wait()
-
-    def keys_at(self, node: int, count: int, prefix: str) -> list[str]:
-        """Keys whose home is `node`."""
-        placement = Machine(Settings("x", 1), [f"http://{a}" for a in self.addresses], 1).placement
-        member = f"http://{self.addresses[node]}"
-        names = (f"{prefix}{number}" for number in range(1_000_000))
-        return [key for key in names if placement.home(key) == member][:count]
+def root_of(stack: ExitStack) -> Path:
+    return Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
 
-def _json(address: str, path: str) -> dict[str, list[str]]:
-    with urllib.request.urlopen(f"http://{address}{path}") as reply:
-        answer: dict[str, list[str]] = json.load(reply)
-        return answer
+def redis_py() -> Any:
+    """The redis package with hiredis, or None."""
+    try:
+        import_module("hiredis")
+        return import_module("redis")
+    except ImportError:
+        return None
 
 
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with suppress(OSError):
-            if condition():
-                return
-        time.sleep(0.05)
-    raise SystemExit("a node does not come up")
+# --- hits and writes beside the peers -------------------------------------------------------------
 
 
-async def closed_loop(
-    operation: Callable[[int], Awaitable[None]], clients: int, seconds: float
-) -> tuple[float, float, float]:
-    """`clients` callers, each waiting for its answer: (operations a second, p50 ms, p99 ms)."""
-    latencies: list[float] = []
-    stop = time.perf_counter() + seconds
-
-    async def caller(number: int) -> None:
-        while (began := time.perf_counter()) < stop:
-            await operation(number)
-            latencies.append((time.perf_counter() - began) * 1000)
-
-    began = time.perf_counter()
-    await asyncio.gather(*(caller(n) for n in range(clients)))
-    rate = len(latencies) / (time.perf_counter() - began)
-    latencies.sort()
-    return rate, latencies[len(latencies) // 2], latencies[len(latencies) * 99 // 100]
-
-
-async def connect(address: str, count: int) -> list[LeanClient]:
-    return [await LeanClient.connect(address) for _ in range(count)]
-
-
-async def write(client: LeanClient, key: str, value: str = "x" * 64) -> None:
-    status, body = await client.post(
-        b"/write", b'{"key":"%b","value":"%b"}' % (key.encode(), value.encode())
-    )
-    if status != 200:
-        raise SystemExit(f"write: {status} {body!r}")
-
-
-async def read(client: LeanClient, key: str) -> None:
-    status, body = await client.get(b"/read?key=" + key.encode())
-    if status != 200:
-        raise SystemExit(f"read: {status} {body!r}")
-
-
-async def measure(cluster: Cluster, seconds: float, rounds: int) -> None:
-    a = await connect(cluster.addresses[0], 64)
-    b = await connect(cluster.addresses[1], 1)
-    c = await connect(cluster.addresses[2], 1)
-    floor = await connect(cluster.floor, 64)
-    away = cluster.keys_at(1, 64, "away")  # node A's clients use keys of node B
-    for client, key in zip(a, away, strict=True):
+async def beside(
+    bench: Bench, stack: ExitStack, operation: Callable[[LeanClient, str], Awaitable[None]],
+    verb: str, what: str,
+) -> None:  # fmt: skip
+    """One operation by 64 clients and by one: floor, ours, Redis, memcached."""
+    nodes = stack.enter_context(Nodes(root_of(stack), 3, bench.flags))
+    keys = nodes.keys_at(1, 64, "away")  # node 0's clients use keys whose home is node 1
+    clients = await connect(nodes.addresses[0], 64)
+    for client, key in zip(clients, keys, strict=True):
         await write(client, key)
-
-    async def show(name: str, operation: Callable[[int], Awaitable[None]], clients: int) -> None:
-        results = [await closed_loop(operation, clients, seconds) for _ in range(rounds)]
-        rate, p50, p99 = (statistics.median(column) for column in zip(*results, strict=True))
-        print(f"{name:<58} {rate:>9,.0f}/s   p50 {p50:7.3f} ms   p99 {p99:7.3f} ms", flush=True)
-
-    await show("aiohttp floor, 64 connections", lambda n: read(floor[n], "k"), 64)
-    await show("read hit, 64 connections", lambda n: read(a[n], away[n]), 64)
-    await show("aiohttp floor, 1 connection", lambda n: read(floor[n], "k"), 1)
-    await show("read hit, 1 connection", lambda n: read(a[n], away[n]), 1)
-    await show("write of an owned line (M), home elsewhere, 64 clients",
-               lambda n: write(a[n], away[n]), 64)  # fmt: skip
-    await show("write of an owned line (M), home elsewhere, 1 client",
-               lambda n: write(a[n], away[n]), 1)  # fmt: skip
-    fresh = iter(cluster.keys_at(1, 40_000, "miss"))
-    batch: list[str] = [next(fresh) for _ in range(9_000)]
-    for start in range(0, len(batch), 500):
-        items = [{"key": key, "value": "x"} for key in batch[start : start + 500]]
-        await b[0].post(b"/mwrite", json.dumps({"items": items}).encode())
-    await asyncio.sleep(1.5)  # let it be stored
-    todo = iter(batch)
-    await show_once("read miss, remote home, owned by the home's own node",
-                    lambda n: read(a[n], next(todo)), 4_000)  # fmt: skip
-    key = away[0]
-
-    async def shared(sharers: list[LeanClient], times: int) -> None:
-        latencies = []
-        for _ in range(times):
-            for sharer in sharers:
-                await read(sharer, key)
-            began = time.perf_counter()
-            await write(a[0], key)
-            latencies.append((time.perf_counter() - began) * 1000)
-        latencies.sort()
-        print(f"write that invalidates {len(sharers)} sharer(s){'':<29} "
-              f"{'':>9}     p50 {latencies[times // 2]:7.3f} ms   p99 "
-              f"{latencies[times * 99 // 100]:7.3f} ms", flush=True)  # fmt: skip
-
-    await shared([c[0]], 1_000)
-    await shared([b[0], c[0]], 1_000)
+    base = stack.enter_context(Floor())
+    floors = await connect(base.address, 64)
+    peers: dict[str, list[Any]] = {}
+    if Redis.available():
+        server = stack.enter_context(Redis(root_of(stack)))
+        peers["Redis, raw RESP"] = list(await RawRedis.connect(server.port, 64))
+        package = redis_py()
+        if package is not None:
+            peers["Redis, redis-py + hiredis"] = [
+                package.asyncio.Redis(port=server.port, single_connection_client=True)
+                for _ in range(64)
+            ]
+    if Memcached.available():
+        server_m = stack.enter_context(Memcached())
+        peers["memcached, raw"] = list(await RawMemcached.connect(server_m.port, 64))
+    for of_peer in peers.values():
+        for number, client in enumerate(of_peer):
+            await client.set(f"k{number}", VALUE)
+    for many in (64, 1):
+        table = bench.table()
+        table.add("aiohttp floor", lambda n: operation(floors[n], "k"), many)
+        table.add(what, lambda n: operation(clients[n], keys[n]), many)
+        for name, of_peer in peers.items():
+            table.add(f"{name} {verb}", _peer(of_peer, verb), many)
+        figures = await table.measure()
+        base_figure, mine = figures["aiohttp floor"], figures[what]
+        print(f"-- {many} client{'s' if many > 1 else ''}")
+        for name, figure in figures.items():
+            show(name, figure, {"floor": base_figure} if figure is mine else {"ours": mine})
+    for client in peers.get("Redis, redis-py + hiredis", ()):
+        await client.aclose()
 
 
-async def show_once(name: str, operation: Callable[[int], Awaitable[None]], times: int) -> None:
+def _peer(clients: list[Any], verb: str) -> Callable[[int], Awaitable[object]]:
+    if verb == "GET":
+        return lambda n: clients[n].get(f"k{n}")
+    return lambda n: clients[n].set(f"k{n}", VALUE)
+
+
+async def hits(bench: Bench, stack: ExitStack) -> None:
+    await beside(bench, stack, read, "GET", "read hit")
+
+
+async def writes(bench: Bench, stack: ExitStack) -> None:
+    await beside(bench, stack, write, "SET", "write of an owned line (M), home elsewhere")
+
+
+# --- what only a coherent cache does --------------------------------------------------------------
+
+
+async def one_by_one(operation: Callable[[str], Awaitable[None]], keys: list[str]) -> Figure:
     """A section that uses up its keys."""
     latencies = []
-    for _ in range(times):
-        began = time.perf_counter()
-        await operation(0)
-        latencies.append((time.perf_counter() - began) * 1000)
-    latencies.sort()
-    print(f"{name:<58} {1000 * times / sum(latencies):>9,.0f}/s   p50 {latencies[times // 2]:7.3f}"
-          f" ms   p99 {latencies[times * 99 // 100]:7.3f} ms", flush=True)  # fmt: skip
-
-
-def in_process() -> None:
-    """What a hit costs inside the process: one dictionary look-up, the lease, the LRU order."""
-    machine = Machine(Settings("x", 100_000), ["x"], 1)
-    for number in range(100_000):
-        step = Step(0.0, 0.0)
-        machine.cache.submit(step, f"k{number}", Write(b"1"))
-        while step.send or step.load:
-            after = Step(0.0, 0.0)
-            for _, message in step.send:
-                machine.receive(after, "x", 1, message)
-            for key in step.load:
-                machine.loaded(after, key, None)
-            step = after
-    keys = [f"k{number}" for number in range(0, 100_000, 7)]
-    began = time.perf_counter()
     for key in keys:
-        machine.cache.lookup(key, 1.0)
-    print(f"{'look-up of a hit in the core, 100,000 lines':<58} "
-          f"{(time.perf_counter() - began) / len(keys) * 1e6:.2f} µs")  # fmt: skip
+        began = time.perf_counter()
+        await operation(key)
+        latencies.append((time.perf_counter() - began) * 1000)
+    return of(latencies)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each round (2)")
+async def fill(client: LeanClient, keys: list[str]) -> None:
+    for start in range(0, len(keys), 500):
+        items = [{"key": key, "value": "x"} for key in keys[start : start + 500]]
+        status, _ = await client.post(b"/mwrite", json.dumps({"items": items}).encode())
+        assert status == 200
+
+
+async def misses(bench: Bench, stack: ExitStack) -> None:
+    count = int(600 * bench.seconds) + 100
+    root = root_of(stack)
+    nodes = stack.enter_context(Nodes(root, 3, ["--capacity=100", *bench.flags]))
+    a, b, c = [(await connect(address, 1))[0] for address in nodes.addresses]
+    clean = nodes.keys_at(1, count, "clean")
+    await fill(b, clean)
+    await fill(b, nodes.keys_at(1, 200, "other"))  # puts the first ones back
+    await asyncio.sleep(1.5)  # and lets them be stored
+    show("miss, home elsewhere, value in its store", await one_by_one(_by(read, a), clean))
+    show("miss, home elsewhere, value with another sharer",
+         await one_by_one(_by(read, c), clean[-60:]))  # fmt: skip
+    owned = nodes.keys_at(1, count, "owned")
+    parts: list[Figure] = []
+    for start in range(0, count, 50):
+        part = owned[start : start + 50]
+        await fill(c, part)
+        parts.append(await one_by_one(_by(read, a), part))
+    show("miss, home elsewhere, owned by a third node (M)", median(parts))
+    absent = nodes.keys_at(1, count, "absent")
+    figure = await one_by_one(_by(_read_none, a), absent)
+    show("miss of an absent key, home elsewhere", figure)
+
+
+async def _read_none(client: LeanClient, key: str) -> None:
+    status, _ = await client.get(b"/read?key=" + key.encode())
+    assert status == 404
+
+
+def _by(
+    operation: Callable[[LeanClient, str], Awaitable[None]], client: LeanClient
+) -> Callable[[str], Awaitable[None]]:
+    return lambda key: operation(client, key)
+
+
+async def invalidation(bench: Bench, stack: ExitStack) -> None:
+    """Write → gone from the other caches. Ours is gone before the answer; redis-py's is not."""
+    times = int(400 * bench.seconds) + 50
+    nodes = stack.enter_context(Nodes(root_of(stack), 5, bench.flags))
+    clients = [(await connect(address, 1))[0] for address in nodes.addresses]
+    (key,) = nodes.keys_at(4, 1, "shared")
+    writer = clients[0]
+    await write(writer, key)
+    first: Figure | None = None
+    for sharers in (0, 1, 2, 4):
+        latencies = []
+        for _ in range(times):
+            for sharer in clients[1 : 1 + sharers]:
+                await read(sharer, key)
+            began = time.perf_counter()
+            await write(writer, key)
+            latencies.append((time.perf_counter() - began) * 1000)
+        figure = of(latencies)
+        first = first or (figure if sharers else None)
+        ratio = f"{figure.p50_ms / first.p50_ms:.2f}x of one sharer" if first else ""
+        show_latency(f"write, gone from {sharers} other caches", figure, ratio)
+    package = redis_py()
+    if Redis.available() and package is not None:
+        server = stack.enter_context(Redis(root_of(stack)))
+        show("Redis SET → seen by redis-py's client-side cache",
+             _client_side_invalidation(package, server.port, times))  # fmt: skip
+
+
+def _client_side(package: Any, port: int, most: int) -> Any:
+    # redis-py asks for 7.4 before it caches; what it needs, RESP3's CLIENT TRACKING, is in 7.0.
+    connection = import_module("redis.connection")
+    connection.CacheProxyConnection.MIN_ALLOWED_VERSION = "6.0.0"
+    config = import_module("redis.cache").CacheConfig(max_size=most)
+    return package.Redis(port=port, protocol=3, cache_config=config)
+
+
+def _client_side_invalidation(package: Any, port: int, times: int) -> Figure:
+    caching, plain = _client_side(package, port, 10_000), package.Redis(port=port)
+    plain.set("h", b"0")
+    latencies = []
+    for number in range(times):
+        caching.get("h")
+        value = b"v%d" % number
+        began = time.perf_counter()
+        plain.set("h", value)
+        while caching.get("h") != value:
+            pass
+        latencies.append((time.perf_counter() - began) * 1000)
+    return of(latencies)
+
+
+# --- inside one process ---------------------------------------------------------------------------
+
+
+async def inside(bench: Bench, stack: ExitStack) -> None:
+    times = int(20_000 * bench.seconds)
+    (port,) = free_ports(1)
+    lines: dict[str, Figure] = {}
+    async with CacheNode(f"127.0.0.1:{port}", data_dir=root_of(stack) / "in") as cache:
+        await cache.set("h", "x" * 64)
+        get = cache.get
+        latencies = []
+        for _ in range(times):
+            began = time.perf_counter()
+            await get("h")
+            latencies.append((time.perf_counter() - began) * 1000)
+        lines["await cache.get(k), a hit"] = of(latencies)
+    package = redis_py()
+    if Redis.available() and package is not None:
+        server = stack.enter_context(Redis(root_of(stack)))
+        caching = _client_side(package, server.port, 10_000)
+        caching.set("h", VALUE)
+        latencies = []
+        for _ in range(times):
+            began = time.perf_counter()
+            caching.get("h")
+            latencies.append((time.perf_counter() - began) * 1000)
+        lines["redis-py client-side cache, a hit"] = of(latencies)
+        plain = package.asyncio.Redis(port=server.port, single_connection_client=True)
+        latencies = []
+        for _ in range(times // 10):
+            began = time.perf_counter()
+            await plain.get("h")
+            latencies.append((time.perf_counter() - began) * 1000)
+        await plain.aclose()
+        lines["redis-py asyncio GET"] = of(latencies)
+    mine = next(iter(lines.values()))
+    for name, figure in lines.items():
+        show_latency(name, figure, f"{figure.p50_ms / mine.p50_ms:.1f}x ours", unit="µs")
+
+
+async def zipf(bench: Bench, stack: ExitStack) -> None:
+    """Hit ratios on one Zipf trace (s = 0.9): 10,000 keys, 1,000 lines."""
+    keys, slots = 10_000, 1_000
+    rng = random.Random(5)
+    weights = list(accumulate(1 / rank**0.9 for rank in range(1, keys + 1)))
+    trace = rng.choices(range(keys), cum_weights=weights, k=int(30_000 * bench.seconds))
+    exact: OrderedDict[int, None] = OrderedDict()
+    found = 0
+    for key in trace:
+        if key in exact:
+            found += 1
+            exact.move_to_end(key)
+        else:
+            exact[key] = None
+            if len(exact) > slots:
+                exact.popitem(last=False)
+    print(f"{'exact LRU, by a model':<52} {100 * found / len(trace):6.1f} % hits")
+    for policy in ("lru", "s3fifo"):
+        (port,) = free_ports(1)
+        async with CacheNode(
+            f"127.0.0.1:{port}", data_dir=root_of(stack) / policy, capacity=slots, policy=policy
+        ) as cache:
+            for start in range(0, keys, 500):
+                await cache.set_many({f"z{key}": key for key in range(start, start + 500)})
+            before = _hits_of(cache)
+            for key in trace:
+                await cache.get(f"z{key}")
+            got = _hits_of(cache) - before
+            print(f"{f'ours, --policy={policy}':<52} {100 * got / len(trace):6.1f} % hits")
+
+
+def _hits_of(cache: CacheNode) -> int:
+    hits = cache.metrics()["hits"]
+    assert isinstance(hits, int)
+    return hits
+
+
+async def growth(bench: Bench, stack: ExitStack) -> None:
+    """The same work on 1, 3 and 5 nodes, all on this machine's cores."""
+    for size in (1, 3, 5):
+        with ExitStack() as inner:
+            nodes = inner.enter_context(Nodes(root_of(inner), size, bench.flags))
+            figures = await _grown(bench, nodes, 1 % size)
+        for name, figure in figures.items():
+            show(f"{size} node{'s' if size > 1 else ''}: {name}", figure)
+
+
+async def _grown(bench: Bench, nodes: Nodes, home: int) -> dict[str, Figure]:
+    keys = nodes.keys_at(home, 64, "grow")
+    clients = await connect(nodes.addresses[0], 64)
+    for client, key in zip(clients, keys, strict=True):
+        await write(client, key)
+    numbers = count()
+    table = bench.table()
+    table.add("read hit, 64 clients", lambda n: read(clients[n], keys[n]), 64)
+    table.add("write M, 64 clients", lambda n: write(clients[n], keys[n]), 64)
+    table.add("write M, 1 client", lambda n: write(clients[n], keys[n]), 1)
+    table.add("first write, 64 clients", lambda n: write(clients[n], f"n{next(numbers)}"), 64)
+    return await table.measure()
+
+
+PARTS: dict[str, Callable[[Bench, ExitStack], Awaitable[None]]] = {
+    "hits": hits,
+    "writes": writes,
+    "misses": misses,
+    "invalidation": invalidation,
+    "inside": inside,
+    "zipf": zipf,
+    "growth": growth,
+}
+
+
+async def main_async(parts: list[str], bench: Bench) -> None:
+    for part in parts:
+        print(f"\n{part}", flush=True)
+        with ExitStack() as stack:
+            await PARTS[part](bench, stack)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, by comma")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each round (1)")
     parser.add_argument("--rounds", type=int, default=3, help="medians of so many (3)")
-    parser.add_argument("flags", nargs="*", help="more flags for the nodes, after --")
-    args = parser.parse_args()
-    in_process()
-    with tempfile.TemporaryDirectory() as root, Cluster(Path(root), args.flags) as cluster:
-        work = measure(cluster, args.seconds, args.rounds)
-        try:
-            runner = asyncio.Runner(loop_factory=import_module("uvloop").new_event_loop)
-        except ImportError:
-            runner = asyncio.Runner()
-        with runner:
-            runner.run(work)
+    parser.add_argument("--quick", action="store_true", help="one round of 0.3 s")
+    parser.add_argument("flags", nargs="*", help="more flags for our nodes, after --")
+    arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if unknown := set(parts) - PARTS.keys():
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    seconds, rounds = (0.3, 1) if arguments.quick else (arguments.seconds, arguments.rounds)
+    try:
+        runner = asyncio.Runner(loop_factory=import_module("uvloop").new_event_loop)
+    except ImportError:
+        runner = asyncio.Runner()
+    with runner:
+        runner.run(main_async(parts, Bench(seconds, rounds, arguments.flags)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
