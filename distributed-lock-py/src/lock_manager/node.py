@@ -19,7 +19,7 @@ from lock_manager.api.errors import ApiError, NotLeader
 from lock_manager.api.events import EventHub
 from lock_manager.api.gathering import Gathering
 from lock_manager.api.operators import Operators
-from lock_manager.api.pending import Desk, Pending, Proposed
+from lock_manager.api.pending import Desk, Listener, Pending, Proposed
 from lock_manager.api.reads import Reads
 from lock_manager.api.reporting import Reporter
 from lock_manager.api.standing import peers, standing
@@ -384,7 +384,7 @@ class Node:
 
     # ------------------------------------------------------------------------- what the api asks
 
-    def begin(self, command: Command, future: asyncio.Future[Reply]) -> Pending:
+    def begin(self, command: Command, listener: Listener) -> Pending:
         if self._stopping or not self._leads:
             raise self.operators.elsewhere()
         if isinstance(command, ForceRelease):
@@ -394,7 +394,7 @@ class Node:
                 command.client_id or "*",
                 command.reason,
             )
-        pending = self._desk.submit(command, future)
+        pending = self._desk.submit(command, listener)
         self._wake()
         return pending
 

@@ -57,8 +57,8 @@ class Bench:
 
 
 def answer(pending: Pending) -> object:
-    assert pending.future is not None
-    return type(pending.future.result()).__name__ if pending.future.done() else None
+    assert pending.listener is not None
+    return type(pending.listener.result()).__name__ if pending.listener.done() else None
 
 
 async def test_everything_that_gathered_goes_into_one_batch_and_each_is_answered() -> None:
@@ -158,10 +158,10 @@ async def test_a_displaced_batch_is_definitely_lost_and_an_open_one_may_still_ha
     bench.desk.leadership_lost()
     bench.desk.refuse_mail(NotLeader("node2", "http://127.0.0.1:1"))
     for pending, definite in ((displaced, True), (under_way, False)):
-        error = pending.future.exception()
+        error = pending.listener.exception()
         assert isinstance(error, ApiError)
         assert (error.status, error.details) == (503, {"definite": definite})
-    assert isinstance(in_inbox.future.exception(), NotLeader)
+    assert isinstance(in_inbox.listener.exception(), NotLeader)
     assert bench.desk.unanswered == 0
 
 

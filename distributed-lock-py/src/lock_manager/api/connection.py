@@ -67,7 +67,7 @@ class Connection(web.RequestHandler):
     def answered(self, response: bytes) -> None:
         """The request on the short way is answered; called once, unless the client hung up."""
         self._cancel = None
-        if self.transport is None:
+        if self.transport is None or self.transport.is_closing():
             return
         self.transport.write(response)
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout

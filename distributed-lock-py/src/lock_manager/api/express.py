@@ -129,18 +129,13 @@ class Express:
         make = _COMMANDS.get(request.path)
         if make is None or len(request.body) > self._max_body_bytes:
             return None
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        pending = self._service.begin(make(request.body), future)
-
-        def answer(future: asyncio.Future[Reply]) -> None:
-            if not pending.abandoned:
-                self._answer(request, client, lambda: body_of(future.result()))
+        answer = _Answer(self, request, client)
+        pending = self._service.begin(make(request.body), answer)
 
         def hung_up() -> None:
-            future.cancel()
+            answer.over = True
             self._service.abandon(pending)
 
-        future.add_done_callback(answer)
         return hung_up
 
     def _read(self, request: Plain, client: Client) -> Callable[[], object] | None:
@@ -155,12 +150,13 @@ class Express:
 
         def answer(future: asyncio.Future[None]) -> None:
             if not future.cancelled():
-                self._answer(request, client, view)
+                self.answer(request, client, view)
 
         confirmed.add_done_callback(answer)
         return confirmed.cancel
 
-    def _answer(self, request: Plain, client: Client, body_of_answer: Callable[[], object]) -> None:
+    def answer(self, request: Plain, client: Client, body_of_answer: Callable[[], object]) -> None:
+        """Write what `body_of_answer` returns, or the error that it raises."""
         status, more = 200, ""
         try:
             body = _encode(body_of_answer())
@@ -181,3 +177,30 @@ class Express:
             f"Content-Length: {len(body)}\r\nDate: {self._date}\r\n\r\n"
         )
         client.answered(head.encode("latin-1") + body)
+
+
+class _Answer:
+    """Listens for the reply to one command and writes it in the same turn of the loop: a future
+    would tell it in the next one, behind whatever came in meanwhile."""
+
+    __slots__ = ("_client", "_express", "_request", "over")
+
+    def __init__(self, express: Express, request: Plain, client: Client) -> None:
+        self._express = express
+        self._request = request
+        self._client = client
+        self.over = False
+
+    def done(self) -> bool:
+        return self.over
+
+    def set_result(self, reply: Reply, /) -> None:
+        self.over = True
+        self._express.answer(self._request, self._client, lambda: body_of(reply))
+
+    def set_exception(self, error: Exception, /) -> None:
+        def fail() -> object:
+            raise error
+
+        self.over = True
+        self._express.answer(self._request, self._client, fail)

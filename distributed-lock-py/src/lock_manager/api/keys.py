@@ -19,7 +19,7 @@ from lock_manager.metrics import Metrics
 
 if TYPE_CHECKING:
     from lock_manager.api.operators import Operators
-    from lock_manager.api.pending import Pending
+    from lock_manager.api.pending import Listener, Pending
 
 
 class Service(Protocol):
@@ -34,8 +34,8 @@ class Service(Protocol):
     def not_ready_because(self) -> str | None:
         """None when the node can serve, else the reason."""
 
-    def begin(self, command: Command, future: asyncio.Future[Reply]) -> Pending:
-        """As execute, without waiting: `future` gets the reply or the error. Raises NotLeader or
+    def begin(self, command: Command, listener: Listener) -> Pending:
+        """As execute, without waiting: `listener` gets the reply or the error. Raises NotLeader or
         ApiError 503 itself if nothing was begun."""
 
     def abandon(self, pending: Pending) -> None:

@@ -7,9 +7,9 @@ nobody was told, and the machine must know (guarantee 9). `Desk` says which comm
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Iterable
+from typing import Protocol
 
 import msgspec
 
@@ -31,19 +31,31 @@ class Telling:
         self.listeners = listeners
 
 
-class Pending:
-    __slots__ = ("abandoned", "command", "future", "telling", "ticket")
+class Listener(Protocol):
+    """Who is told the reply or the error, once, and not within the call that submitted the command.
+    An asyncio.Future is one."""
 
-    def __init__(self, command: Command, future: asyncio.Future[Reply] | None) -> None:
+    def done(self) -> bool:
+        """Nobody listens any more."""
+
+    def set_result(self, reply: Reply, /) -> None: ...
+
+    def set_exception(self, error: Exception, /) -> None: ...
+
+
+class Pending:
+    __slots__ = ("abandoned", "command", "listener", "telling", "ticket")
+
+    def __init__(self, command: Command, listener: Listener | None) -> None:
         self.command = command
-        self.future = future  # None: nobody waits for this one
+        self.listener = listener  # None: nobody waits for this one
         self.abandoned = False
         self.ticket = 0
         self.telling: Telling | None = None
 
     def fail(self, error: Exception) -> None:
-        if self.future is not None and not self.future.done():
-            self.future.set_exception(error)
+        if self.listener is not None and not self.listener.done():
+            self.listener.set_exception(error)
 
 
 class Proposed(msgspec.Struct, frozen=True):
@@ -86,11 +98,11 @@ class Desk:
 
     # ------------------------------------------------------------------------------------ going in
 
-    def submit(self, command: Command, future: asyncio.Future[Reply] | None) -> Pending:
+    def submit(self, command: Command, listener: Listener | None) -> Pending:
         """Raises ApiError 503 if too much waits already."""
-        if len(self._inbox) >= MAX_INBOX and future is not None:
+        if len(self._inbox) >= MAX_INBOX and listener is not None:
             raise ApiError(503, "Too many requests are waiting", headers={"Retry-After": "1"})
-        pending = Pending(command, future)
+        pending = Pending(command, listener)
         self._inbox.append(pending)
         return pending
 
@@ -153,13 +165,15 @@ class Desk:
 
     def _tell(self, pendings: list[Pending], reply: Reply) -> list[Command]:
         listening = [
-            p for p in pendings if not p.abandoned and p.future is not None and not p.future.done()
+            p
+            for p in pendings
+            if not p.abandoned and p.listener is not None and not p.listener.done()
         ]
         telling = Telling(reply, len(listening)) if isinstance(reply, Acquired) else None
         for pending in listening:
             pending.telling = telling
-            if pending.future is not None:
-                pending.future.set_result(reply)
+            if pending.listener is not None:
+                pending.listener.set_result(reply)
         if telling is not None and not listening and pendings:
             return [_undelivered(telling.grant)]
         return []

@@ -17,7 +17,7 @@ from lock_manager.api import connection
 from lock_manager.api.errors import ApiError, NotLeader
 from lock_manager.api.events import EventHub
 from lock_manager.api.express import Express, plain_request
-from lock_manager.api.pending import Pending
+from lock_manager.api.pending import Listener, Pending
 from lock_manager.core.locks.commands import Acquire, Command, LockType
 from lock_manager.core.locks.replies import Acquired, Granted, Held, Released, Reply
 from lock_manager.core.locks.views import LockView
@@ -35,22 +35,23 @@ class FakeNode:
         self.begun: list[Command] = []
         self.abandoned = 0
 
-    def begin(self, command: Command, future: asyncio.Future[Reply]) -> Pending:
+    def begin(self, command: Command, listener: Listener) -> Pending:
         if not self.leads:
             raise NotLeader("node2", "http://127.0.0.1:8001")
+        soon = asyncio.get_running_loop().call_soon
         self.begun.append(command)
         name = command.asks[0].lock_name if isinstance(command, Acquire) else command.lock_name
         if name == "held":
-            future.set_result(Held("held"))
+            soon(listener.set_result, Held("held"))
         elif name == "lost":
             error = ApiError(503, "Leadership lost", headers={"Retry-After": "1"}, definite=False)
-            asyncio.get_running_loop().call_soon(future.set_exception, error)
+            soon(listener.set_exception, error)
         elif isinstance(command, Acquire) and not name.startswith("wait"):
             grant = Granted(name, LockType.EXCLUSIVE, 7, 7, 0, 0)
-            future.set_result(Acquired(command.client_id, (grant,), 7, None))
+            soon(listener.set_result, Acquired(command.client_id, (grant,), 7, None))
         elif not name.startswith("wait"):
-            future.set_result(Released(name, command.client_id))
-        return Pending(command, future)
+            soon(listener.set_result, Released(name, command.client_id))
+        return Pending(command, listener)
 
     def abandon(self, pending: Pending) -> None:
         pending.abandoned = True
