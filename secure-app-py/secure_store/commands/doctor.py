@@ -58,9 +58,9 @@ def add(commands: Any) -> None:
     """Add `doctor` to main.py's commands."""
     p = commands.add_parser(
         "doctor", help="open everything a node has stored; --production: the README's checklist",
-        description="Open everything that a node has stored and say what is wrong. --production: "
-        "go through\nthe README's checklist instead, one line an item; give it the node's own flags. "
-        "Exit code 1 if\nanything is wrong. Items: " + ", ".join(CHECKS),
+        description="Open everything that a node has stored and say what is wrong. With "
+        "--production: go\nthrough the README's checklist instead, one line an item; give it the "
+        "node's own flags. Exit\ncode 1 if anything is wrong. Items: " + ", ".join(CHECKS),
         examples=["main.py doctor --id nodeA",
                   "main.py doctor --production --id nodeA --master_key_file /secure/a.key \\",
                   "    --tokens_file tokens.json --audit_file /a/audit.log "

@@ -73,6 +73,15 @@ async def set_value(client: HttpClient, key: str, value: Any, **fields: Any) -> 
     return reply
 
 
+async def call(
+    client: HttpClient, method: str, path: str, body: Any = None, **headers: str
+) -> Reply:
+    raw = None if body is None else json.dumps(body).encode()
+    reply = await client.request(method, path, body=raw, headers=headers)
+    assert isinstance(reply, Reply), reply
+    return reply
+
+
 async def get(client: HttpClient, path: str, **headers: str) -> Reply:
     reply = await client.request("GET", path, headers=headers)
     assert isinstance(reply, Reply), reply

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from testkit.cluster import Cluster, HttpClient, Reply
+from testkit.cluster import Cluster, HttpClient
+from testkit.sim.loading import load
 
 pytestmark = pytest.mark.cluster
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kit = sys.modules.get("pair") or _load("pair")
+kit = load(str(Path(__file__).with_name("pair.py")))
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +36,7 @@ async def admin(cluster: Cluster):
         yield client
 
 
-async def call(
-    client: HttpClient, method: str, path: str, body: Any = None, **headers: str
-) -> Reply:
-    raw = None if body is None else json.dumps(body).encode()
-    reply = await client.request(method, path, body=raw, headers=headers)
-    assert isinstance(reply, Reply), reply
-    return reply
+call = kit.call
 
 
 async def new_token(cluster: Cluster, admin: HttpClient, **fields: Any) -> tuple[HttpClient, str]:

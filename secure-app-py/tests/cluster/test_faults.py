@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from testkit.cluster import CAN_LIMIT, Reply, limit_file_size
+from testkit.sim.loading import load
 
 pytestmark = pytest.mark.cluster
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kit = sys.modules.get("pair") or _load("pair")
+kit = load(str(Path(__file__).with_name("pair.py")))
 
 
 async def status(cluster, index: int) -> dict:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import sqlite3
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -14,18 +12,9 @@ from secure_store.core.messages import Role
 from secure_store.storage.backup import BackupError, Manifest, create, restore, verify
 from secure_store.storage.database import Database
 from secure_store.storage.keyring import Keyring
+from testkit.sim.loading import load
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-store = sys.modules.get("test_storage") or _load("test_storage")
+store = load(str(Path(__file__).with_name("stored.py")))
 
 
 def made(tmp_path: Path) -> tuple[Path, Path, Manifest]:
@@ -123,7 +112,7 @@ def test_a_restore_overwrites_nothing_and_a_damaged_store_is_not_backed_up(tmp_p
         put_back(path, data)
     (tmp_path / "empty").mkdir()
     put_back(path, tmp_path / "empty")
-    raw = store.sqlite3.connect(data / "store.db", isolation_level=None)
+    raw = sqlite3.connect(data / "store.db", isolation_level=None)
     raw.execute("DELETE FROM vals WHERE version = 2")
     keyring = Keyring.open_or_make(data / "keyring.json", store.MASTER)
     with pytest.raises(BackupError, match="damaged"):

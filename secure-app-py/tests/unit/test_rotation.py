@@ -3,11 +3,8 @@ comes."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -24,18 +21,9 @@ from secure_store.storage.keyring import (
     replace_master,
 )
 from secure_store.storage.reseal import Reseal
+from testkit.sim.loading import load
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-store = sys.modules.get("test_storage") or _load("test_storage")
+store = load(str(Path(__file__).with_name("stored.py")))
 TABLES = ("meta", "log", "keys", "vals", "tokens", "policies", "remembered")
 
 
