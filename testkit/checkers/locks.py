@@ -37,6 +37,7 @@ class Hold:
     start_us: int
     end_us: int
     acquire: Operation
+    since_us: int  # granted no earlier: an acquire or a release of unknown fate may have left it
 
 
 def check(history: History | Iterable[Operation], *, slack_ms: float = 0) -> Verdict:
@@ -55,17 +56,24 @@ def check(history: History | Iterable[Operation], *, slack_ms: float = 0) -> Ver
 def _holds(operations: list[Operation], slack_ms: float) -> list[Hold]:
     holds: list[Hold] = []
     current: dict[tuple[str, str], Hold] = {}
+    unknown_since: dict[tuple[str, str], int] = {}
     for operation in operations:
         key = (operation.key, operation.process)
         if operation.kind in GIVING_UP and operation.status != "fail":
             for given_up in [k for k in current if _concerns(operation, k)]:
                 gone = current.pop(given_up)
                 gone.end_us = min(gone.end_us, operation.invoked_us)
+                unknown_since.setdefault(given_up, gone.since_us)
+        if operation.kind in GIVING_UP and operation.status == "ok":
+            for ended in [k for k in unknown_since if _concerns(operation, k)]:
+                del unknown_since[ended]
         if operation.kind == "keepalive" and operation.status == "ok":
             _renewed(operation, [hold for k, hold in current.items() if k[1] == key[1]], slack_ms)
         if operation.kind != "acquire":
             continue
         held = current.get(key)
+        if operation.status == "unknown":
+            unknown_since.setdefault(key, operation.invoked_us)
         if operation.status == "unknown" and held is not None:
             # A conversion that may or may not have happened: the old hold is no longer certain.
             held.end_us = min(held.end_us, operation.invoked_us)
@@ -73,6 +81,7 @@ def _holds(operations: list[Operation], slack_ms: float) -> list[Hold]:
         if operation.status != "ok" or operation.completed_us is None:
             continue
         hold = _hold(operation, slack_ms)
+        hold.since_us = unknown_since.pop(key, hold.since_us)
         if held is not None and (held.kind, held.token) == (hold.kind, hold.token):
             held.end_us = max(held.end_us, hold.end_us)  # acquired again: one hold, a later lease
             continue
@@ -116,6 +125,7 @@ def _hold(operation: Operation, slack_ms: float) -> Hold:
         start_us=operation.completed_us,
         end_us=min(operation.invoked_us + lease_us, FOREVER),
         acquire=operation,
+        since_us=operation.invoked_us,
     )
 
 
@@ -131,8 +141,8 @@ def _tokens(holds: list[Hold]) -> Verdict | None:
     answered = sorted(holds, key=lambda hold: hold.start_us)
     greatest: Hold | None = None
     at = 0
-    for hold in sorted(holds, key=lambda hold: hold.acquire.invoked_us):
-        while at < len(answered) and answered[at].start_us < hold.acquire.invoked_us:
+    for hold in sorted(holds, key=lambda hold: hold.since_us):
+        while at < len(answered) and answered[at].start_us < hold.since_us:
             if greatest is None or answered[at].token > greatest.token:
                 greatest = answered[at]
             at += 1

@@ -68,6 +68,17 @@ GOOD = {
         ("root", "force_release", "l", None, 2, 3, None),
         ("b", "acquire", "l", None, 4, 5, 2),
     ),
+    "an unknown acquire had got it before": history(
+        ("a", "acquire", "l", None, 0, None, None),
+        ("b", "acquire", "m", None, 1, 2, 8),
+        ("a", "acquire", "l", None, 3, 4, 7),
+    ),
+    "an unknown release had not happened": history(
+        ("a", "acquire", "l", None, 0, 1, 7),
+        ("b", "acquire", "m", None, 2, 3, 8),
+        ("a", "release", "l", None, 4, None, None),
+        ("a", "acquire", "l", None, 5, 6, 7),
+    ),
     "several locks by one grant": history(
         ("a", "acquire", "l", TOGETHER, 0, 1, 1), ("a", "acquire", "m", TOGETHER, 0, 2, 1)
     ),
@@ -103,6 +114,12 @@ BAD = {
     ),
     "one token twice": history(
         ("a", "acquire", "l", None, 0, 10, 5), ("b", "acquire", "m", None, 0, 10, 5)
+    ),
+    "an older token later, though an unknown acquire was released": history(
+        ("a", "acquire", "l", None, 0, None, None),
+        ("b", "acquire", "m", None, 1, 2, 8),
+        ("a", "release", "l", None, 3, 4, None),
+        ("a", "acquire", "l", None, 5, 6, 7),
     ),
     "one token for two grants of one client": history(
         ("a", "acquire", "l", TOGETHER, 0, 10, 5), ("a", "acquire", "m", None, 0, 10, 5)
