@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
 from random import Random
 from typing import Any, Generic, TypeVar
 
@@ -79,9 +80,12 @@ class Result:
 class SimFailure(AssertionError):
     """A run that broke a rule. `seed` replays it; `report` holds the last events."""
 
-    def __init__(self, scenario: str, seed: int, reason: str, report: str) -> None:
-        super().__init__(scenario, seed, reason, report)
+    def __init__(
+        self, scenario: str, seed: int, reason: str, report: str, where: str = "SERVICE"
+    ) -> None:
+        super().__init__(scenario, seed, reason, report, where)
         self.scenario = scenario
+        self.where = where  # what `python -m testkit.sim` finds the scenario in
         self.seed = seed
         self.reason = reason
         self.report = report
@@ -90,7 +94,8 @@ class SimFailure(AssertionError):
         # First for a summary that shows one line, last for a reader of the end of a log.
         head = f"{self.scenario} seed {self.seed}: {self.reason}"
         replay = (
-            f"replay: python -m testkit.sim SERVICE:{self.scenario} --seed {self.seed} --verbose"
+            f"replay: python -m testkit.sim {self.where}:{self.scenario}"
+            f" --seed {self.seed} --verbose"
         )
         return f"{head}\n{self.report}\n{head}\n{replay}"
 
@@ -131,11 +136,28 @@ def run(
         where = traceback.format_exc(limit=-4) if not _plain(error) else ""
         reason = str(error) or type(error).__name__
         at = f"at {world.clock.now_ms:.3f} ms, event {world.events}: {reason}"
-        raise SimFailure(scenario.name, seed, at, f"{trace.tail()}\n{where}") from error
+        report = f"{trace.tail()}\n{where}"
+        raise SimFailure(scenario.name, seed, at, report, _home(scenario)) from error
     world.coverage.update({f"net_{key}": n for key, n in world.network.counters.items()})
     world.coverage.hit("runs")
     world.coverage.hit("events", world.events)
     return Result(seed, world.events, world.coverage, trace.fingerprint)
+
+
+def _home(scenario: Scenario[Any]) -> str:
+    """The file that defines `scenario`, as the command line takes it (tests only import it)."""
+    root = Path(__file__).resolve().parents[2]
+    holders = [
+        Path(file).resolve()
+        for module in list(sys.modules.values())
+        if (file := getattr(module, "__file__", None))
+        and any(value is scenario for value in vars(module).values())
+    ]
+    holders.sort(key=lambda path: path.name.startswith("test_"))
+    if not holders:
+        return "SERVICE"
+    file = holders[0]
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
 
 
 def _advance(world: World[Any], until_ms: float, max_events: int) -> None:

@@ -93,6 +93,14 @@ def test_the_command_line_replays_a_seed_and_fails_with_it() -> None:
     bad = replay(":HASTY", "--seeds", "60")
     assert bad.returncode == 1
     assert "forgot an answered addition" in bad.stderr
+    # What it says replays it, as it stands.
+    told = bad.stderr.splitlines()[-1]
+    assert told.startswith("replay: python -m testkit.sim testkit/tests/toy_sim.py:"), told
+    again = subprocess.run(
+        [sys.executable, *told.split()[2:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1
+    assert "forgot an answered addition" in again.stderr
 
 
 def test_coverage_that_was_not_met_fails() -> None:
