@@ -26,7 +26,7 @@ from mesi_cache.core.step import Answer, Changed, Found, Missing, Step, Unavaila
 from mesi_cache.inside import Inside
 from mesi_cache.logs import Narrator
 from mesi_cache.metrics import Metrics
-from mesi_cache.ripening import PATIENCE_MS, Ripening, instead
+from mesi_cache.ripening import PATIENCE_MS, Ripening, instead, tellable
 from mesi_cache.storage.main_memory import MainMemory
 from mesi_cache.storage.store import RESERVED, Loaded, StoreUnavailable
 from mesi_cache.transport.links import Hello, Links
@@ -340,13 +340,15 @@ class Node:
             position = self._ripening.last  # it may tell of what is not durable yet
         if position <= self._memory.settled:
             self._release(step)
-        elif self._ripening.add(position, step):
-            if self._hurry is None:
-                loop = asyncio.get_running_loop()
-                self._hurry = loop.call_later(PATIENCE_MS / 1000, self._hurry_up)
-        else:
+            return
+        self._answer(tellable(step))
+        if not self._ripening.add(position, step):
             self._answer(instead(step))
             self._load(step)
+        elif self._hurry is None:
+            loop = asyncio.get_running_loop()
+            self._hurry = loop.call_later(PATIENCE_MS / 1000, self._hurry_up)
+        self._arm()
 
     def _hurry_up(self) -> None:
         """Nobody waits longer than 5 s, whatever the disk or the store does."""

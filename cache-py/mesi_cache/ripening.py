@@ -49,12 +49,18 @@ class Ripening:
         return late
 
 
+def tellable(step: Step) -> list[tuple[int, Answer]]:
+    """Answers that say nothing of what is being logged, taken out of `step`."""
+    tellable = [each for each in step.answers if isinstance(each[1], Unavailable)]
+    if tellable:
+        step.answers = [each for each in step.answers if not isinstance(each[1], Unavailable)]
+    return tellable
+
+
 def instead(step: Step) -> list[tuple[int, Unavailable]]:
     """What to tell clients whose answers stand in `step` and must not be told; they are taken out
     of it. A read did nothing; a change may come to be after all."""
     answers, step.answers = step.answers, []
-    return [(token, Unavailable(_is_read(answer), WHY)) for token, answer in answers]
-
-
-def _is_read(answer: Answer) -> bool:
-    return isinstance(answer, Found | Missing)
+    return [
+        (token, Unavailable(isinstance(answer, Found | Missing), WHY)) for token, answer in answers
+    ]

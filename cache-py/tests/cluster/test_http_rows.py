@@ -1,0 +1,283 @@
+"""Each row of the HTTP table, from outside, on three real nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testkit.cluster import Cluster, HttpClient, Reply
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cache_nodes import argv, linked, until
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(argv("--capacity=2000"), 3, root=tmp_path_factory.mktemp("rows"))
+    cluster.prepare()
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+async def nodes(running: Cluster) -> AsyncIterator[list[HttpClient]]:
+    await running.start_all()
+    await linked(running)
+    async with running.client(0) as a, running.client(1) as b, running.client(2) as c:
+        yield [a, b, c]
+
+
+async def answer(reply: Any, status: int = 200) -> Any:
+    got = await reply
+    assert isinstance(got, Reply), got
+    assert got.status == status, (got.status, got.text)
+    return got.json
+
+
+def named(client: HttpClient, path: str, body: object, name: str) -> Any:
+    return client.request(
+        "POST", path, body=json.dumps(body).encode(), headers={"Idempotency-Key": name}
+    )
+
+
+async def test_a_named_change_is_answered_alike_by_every_node_and_counts_once(
+    nodes: list[HttpClient],
+) -> None:
+    calls: list[tuple[str, dict[str, object]]] = [
+        ("/incr", {"key": "named-n", "by": 5}),
+        ("/write", {"key": "named-w", "value": [1]}),
+        ("/cas", {"key": "named-c", "expected_version": 0, "value": "x"}),
+        ("/delete", {"key": "named-w"}),
+    ]
+    for number, (path, body) in enumerate(calls):
+        answers = [await answer(named(each, path, body, f"name-{number}")) for each in nodes * 2]
+        assert all(each == answers[0] for each in answers), answers
+    assert (await answer(nodes[0].get("/read?key=named-n")))["value"] == 5
+    assert (await answer(nodes[1].get("/read?key=named-c")))["version"] == 1
+    await answer(nodes[0].get("/read?key=named-w"), 404)
+
+
+async def test_the_same_name_with_another_body_is_422_and_does_nothing(
+    nodes: list[HttpClient],
+) -> None:
+    await answer(named(nodes[0], "/write", {"key": "r", "value": 1}, "used"))
+    others: list[tuple[str, dict[str, object]]] = [
+        ("/write", {"key": "r", "value": 2}),
+        ("/write", {"key": "another", "value": 1}),
+        ("/write", {"key": "r", "value": 1, "ttl_ms": 5000}),
+        ("/cas", {"key": "r", "expected_version": 1, "value": 2}),
+        ("/incr", {"key": "r"}),
+        ("/delete", {"key": "r"}),
+    ]
+    for client in nodes:
+        for path, body in others:
+            refused = await answer(named(client, path, body, "used"), 422)
+            assert refused["error"] == "Idempotency-Key was used for another request"
+    assert (await answer(nodes[1].get("/read?key=r")))["version"] == 1
+    await answer(nodes[1].get("/read?key=another"), 404)
+
+
+@pytest.mark.parametrize("name", ["", " ", "x" * 257, "tab\tinside", "schön"])
+async def test_a_bad_name_is_400(name: str, nodes: list[HttpClient]) -> None:
+    refused = await answer(named(nodes[0], "/incr", {"key": "bad-name"}, name), 400)
+    assert refused["field"] == "Idempotency-Key"
+    await answer(nodes[0].get("/read?key=bad-name"), 404)
+
+
+async def test_a_batch_takes_no_name(nodes: list[HttpClient]) -> None:
+    batch = {"items": [{"key": "batch-name", "value": 1}]}
+    refused = await answer(named(nodes[0], "/mwrite", batch, "x"), 400)
+    assert refused["field"] == "Idempotency-Key"
+    await answer(nodes[0].get("/read?key=batch-name"), 404)
+
+
+async def test_a_named_change_is_remembered_over_the_death_of_all_nodes(
+    nodes: list[HttpClient], running: Cluster
+) -> None:
+    body = {"key": "killed", "by": 3}
+    first = await answer(named(nodes[0], "/incr", body, "over-death"))
+    running.power_cut()
+    await running.start_all()
+    await linked(running)
+    async with running.client(2) as c:
+
+        async def again() -> bool:
+            reply = await named(c, "/incr", body, "over-death")
+            assert isinstance(reply, Reply)
+            assert reply.status in (200, 503), reply
+            return reply.status == 200 and bool(reply.json == first)
+
+        await until(again, "the same answer after the restart")
+        assert (await answer(c.get("/read?key=killed")))["value"] == 3
+
+
+async def test_a_batch_goes_to_each_home_in_one_round(nodes: list[HttpClient]) -> None:
+    keys = [f"batch{number}" for number in range(1000)]
+    items = [{"key": key, "value": key} for key in keys]
+
+    async def frames(client: HttpClient) -> int:
+        return int((await answer(client.get("/metrics")))["peer_frames_sent"])
+
+    before = await frames(nodes[0])
+    written = await answer(nodes[0].post("/mwrite", {"items": items}))
+    assert [each["key"] for each in written["results"]] == keys
+    assert all(each["version"] == 1 and each["state"] == "M" for each in written["results"])
+    before_read = await frames(nodes[1])
+    read = await answer(nodes[1].post("/mread", {"keys": [*keys, "absent-one"]}), 400)
+    assert read["field"] == "keys"
+    read = await answer(nodes[1].post("/mread", {"keys": [*keys[:999], "absent-one"]}))
+    assert [each.get("value") for each in read["results"]] == [*keys[:999], None]
+    assert read["results"][-1] == {"key": "absent-one", "error": "Key not found"}
+    # One frame to each of two homes, a few more for what else goes on (renewals, acks).
+    assert await frames(nodes[0]) - before < 40
+    assert await frames(nodes[1]) - before_read < 40
+
+
+async def test_the_directory_tells_owner_sharers_and_version_also_of_an_idle_key(
+    nodes: list[HttpClient],
+) -> None:
+    for number in range(6):  # keys of all three homes
+        key = f"directory{number}"
+        idle = await answer(nodes[0].get(f"/directory?key={key}"))
+        assert (idle["state"], idle["owner"], idle["version"]) == ("U", None, 0)
+        await answer(nodes[0].post("/write", {"key": key, "value": 1}))
+        owned = [await answer(each.get(f"/directory?key={key}")) for each in nodes]
+        assert owned[0] == owned[1] == owned[2]
+        assert (owned[0]["state"], owned[0]["owner"], owned[0]["sharers"]) == ("EM", "nodeA", [])
+        assert (owned[0]["version"], owned[0]["transaction"]) == (1, None)
+        await answer(nodes[1].get(f"/read?key={key}"))
+        shared = await answer(nodes[2].get(f"/directory?key={key}"))
+        assert (shared["state"], shared["owner"]) == ("S", None)
+        assert sorted(shared["sharers"]) == ["nodeA", "nodeB"]
+        await answer(nodes[2].post("/delete", {"key": key}))
+        gone = await answer(nodes[2].get(f"/directory?key={key}"))
+        assert (gone["owner"], gone["sharers"], gone["version"]) == (None, [], 0)
+
+
+async def test_the_directory_knows_the_version_of_what_only_the_store_has(
+    nodes: list[HttpClient], running: Cluster
+) -> None:
+    await answer(nodes[0].post("/write", {"key": "stored", "value": 1}))
+    await answer(nodes[0].post("/write", {"key": "stored", "value": 2}))
+    await running.terminate_all()
+    await running.start_all()
+    await linked(running)
+    async with running.client(1) as b:
+        entry = await answer(b.get("/directory?key=stored"))
+        assert (entry["state"], entry["version"]) == ("U", 2)
+
+
+async def test_lines_are_those_that_hold_a_slot_in_the_order_of_use(
+    nodes: list[HttpClient],
+) -> None:
+    for number in range(3):
+        await answer(nodes[2].post("/write", {"key": f"line{number}", "value": 1}))
+    await answer(nodes[2].get("/read?key=line0"))
+    await answer(nodes[2].get("/read?key=line-absent"), 404)
+    lines = (await answer(nodes[2].get("/lines")))["lines"]
+    assert [each["key"] for each in lines][-3:] == ["line1", "line2", "line0"]
+    assert lines[-1].keys() == {"key", "state", "version", "lease_left_ms"}
+    assert "line-absent" not in {each["key"] for each in lines}
+
+
+async def test_metrics_have_every_field_and_both_forms(nodes: list[HttpClient]) -> None:
+    await answer(nodes[0].post("/write", {"key": "m", "value": 1}))
+    for client in (nodes[0], nodes[1], nodes[1]):
+        await answer(client.get("/read?key=m"))
+    for client in nodes:
+        metrics = await answer(client.get("/metrics"))
+        for name in (
+            "hits", "misses", "hit_ratio", "reads", "writes", "invalidations_sent",
+            "invalidations_received", "writebacks", "evictions", "upgrades",
+            "coherence_messages", "lines", "capacity",
+        ):  # fmt: skip
+            assert isinstance(metrics[name], int | float), name
+        assert metrics["states"].keys() == {"M", "E", "S"}
+        assert sum(metrics["states"].values()) == metrics["lines"] <= metrics["capacity"]
+        for kind in ("hit", "miss", "write"):
+            p50, p95, p99 = (metrics["latency_ms"][kind][f"p{q}"] for q in (50, 95, 99))
+            assert 0 <= p50 <= p95 <= p99
+        for how in (
+            client.get("/metrics?format=prometheus"),
+            client.request("GET", "/metrics", headers={"Accept": "text/plain"}),
+            client.request("GET", "/metrics", headers={"Accept": "application/openmetrics-text"}),
+        ):
+            reply = await how
+            assert isinstance(reply, Reply)
+            assert reply.headers["content-type"].startswith("text/plain")
+            assert f"mesi_cache_capacity {metrics['capacity']}.0" in reply.text
+            assert 'mesi_cache_latency_ms{of="write",quantile="p99"}' in reply.text
+            assert 'mesi_cache_states{state="M"}' in reply.text
+
+
+async def test_a_deadline_is_a_404_everywhere_and_survives_a_restart(
+    nodes: list[HttpClient], running: Cluster
+) -> None:
+    await answer(nodes[0].post("/write", {"key": "brief", "value": 1, "ttl_ms": 300}))
+    await answer(nodes[0].post("/write", {"key": "long", "value": 1, "ttl_ms": 6_000}))
+    await answer(nodes[1].get("/read?key=long"))
+
+    async def is_gone(key: str) -> bool:
+        replies = [await each.get(f"/read?key={key}") for each in nodes]
+        return all(isinstance(each, Reply) and each.status == 404 for each in replies)
+
+    await until(lambda: is_gone("brief"), "its time is over")
+    written = await answer(nodes[1].post("/write", {"key": "brief", "value": 2}))
+    assert written["version"] == 3  # the end of its time was a change like any other
+    running.power_cut()
+    await running.start_all()
+    await until(lambda: is_gone("long"), "its time is over after the restart as well")
+    assert (await answer(nodes[2].get("/read?key=brief")))["value"] == 2
+
+
+async def test_every_answer_comes_within_five_seconds_while_two_nodes_are_down(
+    nodes: list[HttpClient], running: Cluster
+) -> None:
+    await answer(nodes[0].get("/read?key=x-y"), 404)
+    for victim in (1, 2):
+        running.kill(victim)
+    a, loop = nodes[0], asyncio.get_running_loop()
+
+    async def timed(client: HttpClient, path: str, body: object) -> tuple[float, Reply]:
+        began = loop.time()
+        reply = await (
+            client.get(path, timeout_s=10) if body is None
+            else client.request("POST", path, body=json.dumps(body).encode(), timeout_s=10,
+                                headers={"Idempotency-Key": str(body)} if "by" in str(body) else {})
+        )  # fmt: skip
+        assert isinstance(reply, Reply), reply
+        return loop.time() - began, reply
+
+    calls: list[tuple[str, object]] = []
+    for number in range(4):
+        key = f"away{number}"
+        calls += [
+            (f"/read?key={key}", None), ("/write", {"key": key, "value": 1}),
+            ("/incr", {"key": key, "by": 1}), ("/delete", {"key": key}),
+            ("/cas", {"key": key, "expected_version": 0, "value": 1}),
+            (f"/directory?key={key}", None),
+        ]  # fmt: skip
+    calls += [("/mread", {"keys": ["away1", "away2"]}),
+              ("/mwrite", {"items": [{"key": "away1", "value": 1}]})]  # fmt: skip
+
+    async def on_its_own(path: str, body: object) -> tuple[float, Reply]:
+        async with running.client(0) as client:
+            return await timed(client, path, body)
+
+    for took, reply in await asyncio.gather(*(on_its_own(*call) for call in calls)):
+        assert took < 5.0, (took, reply)
+        assert reply.status in (200, 404, 409, 503), reply
+        if reply.status == 503:
+            assert reply.json["definite"] in (True, False)
+    await answer(a.get("/healthz"))
