@@ -1,14 +1,22 @@
 """Moves between queues of different partitions: to the dead letter queue, and back from it.
 
+```
+                 note stored here        stored at the target        end and note's end stored here
+ exhausted ──▶ "these are being moved" ──▶ under one dedupe id each ──▶ gone here
+```
+
 A message is stored at its target before it is removed at its source, so a crash in between leaves
-two, never none. The second attempt repeats the dedupe id of the first, so that, within the dedupe
-window, there is only one after all.
+two, never none. The note makes the next owner take the move up at once, and the dedupe id, made of
+the message's own id, makes the repetition give the same message again: the same id, one copy. (The
+note is a setting of the partition, one for all that is under way: nothing is left behind.)
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,8 +31,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BURY_NOTE = "note/dead"
+REDRIVE_NOTE = "note/redrive/"
 _RETRY_S = (0.1, 5.0)
 _AT_ONCE = 100
+_BYTES_AT_ONCE = 1 << 20
+_ANSWER_WITHIN_S = 1.2
+"""A redrive that takes longer goes on after its answer."""
+_SKIPPED_MOST = 10_000
+"""Messages in a dead letter queue that are not for this redrive, beyond which it ends."""
 _json = msgspec.json.Encoder()
 
 
@@ -39,104 +54,248 @@ class Origin(msgspec.Struct, frozen=True, omit_defaults=True):
     group_id: str | None = None
 
 
-_decoder = msgspec.json.Decoder(Origin)
+class Burying(msgspec.Struct, frozen=True, array_like=True):
+    """Messages that are being moved to their dead letter queue: (dot, attempts)."""
+
+    letters: tuple[tuple[int, int], ...]
 
 
-async def bury(host: Host, entry: Entry) -> None:
-    """Store an exhausted message at its dead letter queue, then end it here. Tried until done, or
-    until the ownership ends (then the next owner finds it exhausted again)."""
-    retry_s = _RETRY_S[0]
-    source_id = message_id(host.partition, entry.dot)
-    origin = Origin(
-        source_id, entry.queue, "max_deliveries", entry.attempt, entry.priority, entry.group
-    )
-    # A consumer that was too slow may still ack it: then it is no dead letter.
-    while not host.ended and entry.state is not State.GONE:
-        target = host.owner.delivery.settings(entry.queue).dead_letter
-        bodies = await host.bodies([entry])
-        if bodies is not None and target is not None:
-            letter = NewMessage(
-                bodies[0],
-                entry.headers,
-                dedupe_id=f"dead/{source_id}",
-                origin=_json.encode(origin)[1:-1],
+class Redriving(msgspec.Struct, frozen=True, array_like=True):
+    """A redrive that is under way."""
+
+    source: str | None
+    upto: int
+    """The last letter that it sends back: what dies again meanwhile stays."""
+    most: int | None
+    """How many letters it may send back; after a failover it counts anew."""
+
+
+_origins = msgspec.json.Decoder(Origin)
+_burying = msgspec.msgpack.Decoder(Burying)
+_redriving = msgspec.msgpack.Decoder(Redriving)
+_msgpack = msgspec.msgpack.Encoder()
+
+
+class Mover:
+    """One for each `Host`, and as long: what it has not done is done by the next owner's."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._exhausted: deque[Entry] = deque()
+        self._burying = False
+        self.redriving: set[str] = set()
+        """Dead letter queues that are being emptied."""
+
+    # ── to the dead letter queue ────────────────────────────────────────────────────────────────
+
+    def bury(self, entries: Iterable[Entry]) -> None:
+        """Exhausted messages, already SETTLING: one task moves them, some at a time."""
+        self._exhausted.extend(entries)
+        if self._exhausted and not self._burying:
+            self._burying = True
+            self._host.around.spawn(self._bury_all())
+
+    async def _bury_all(self) -> None:
+        host = self._host
+        while self._exhausted and not host.ended:
+            queue = self._exhausted[0].queue
+            batch = _together(self._exhausted, queue)
+            for _ in batch:
+                self._exhausted.popleft()
+            await self._bury(batch)
+        self._burying = False
+
+    async def _bury(self, batch: Sequence[Entry]) -> None:
+        """Tried until done, or until the ownership ends (then the note speaks)."""
+        host = self._host
+        retry_s = _RETRY_S[0]
+        note = _msgpack.encode(Burying(tuple((e.dot, e.attempt) for e in batch)))
+        noted = await host.keep_note(BURY_NOTE, note)
+        # A consumer that was too slow may still ack one: then it is no dead letter.
+        while not host.ended and (left := [e for e in batch if e.state is not State.GONE]):
+            if not noted:
+                noted = await host.keep_note(BURY_NOTE, note)
+            elif await self._store_letters(left):
+                host.metrics.dead_lettered += len(left)
+                host.owner.remove([entry.dot for entry in left], BURY_NOTE)
+                host.after()
+                return
+            await asyncio.sleep(retry_s)
+            retry_s = min(retry_s * 2, _RETRY_S[1])
+
+    async def _store_letters(self, entries: Sequence[Entry]) -> bool:
+        host = self._host
+        target = host.owner.delivery.settings(entries[0].queue).dead_letter
+        bodies = await host.bodies(entries)
+        if bodies is None or target is None:
+            return False
+        letters = []
+        for entry, body in zip(entries, bodies, strict=True):
+            source_id = message_id(host.partition, entry.dot)
+            origin = Origin(
+                source_id, entry.queue, "max_deliveries", entry.attempt, entry.priority, entry.group
             )
-            answer = await host.around.ask(Produce(target, (letter,)))
-            if answer.status in (200, 201):
-                break
-            log.warning("dead letter %s not stored yet: %d", source_id, answer.status)
-        await asyncio.sleep(retry_s)
-        retry_s = min(retry_s * 2, _RETRY_S[1])
-    if not host.ended and entry.state is not State.GONE:
-        host.metrics.dead_lettered += 1
-        host.owner.remove([entry.dot])
-        host.after()
-
-
-async def redrive(host: Host, op: Redrive) -> Answer:
-    """Send up to `most` dead letters back. What is under way is not delivered meanwhile."""
-    if op.queue in host.redriving:
-        return refusal(409, "A redrive is under way", queue=op.queue)
-    host.redriving.add(op.queue)
-    try:
-        moved = await _redrive(host, op)
-    finally:
-        host.redriving.discard(op.queue)
-    left = host.owner.delivery.length(op.queue)
-    body = {"status": "redriven", "queue": op.queue, "messages": moved, "remaining": left}
-    return Answer(200, _json.encode(body))
-
-
-async def _redrive(host: Host, op: Redrive) -> int:
-    by_source: dict[str, list[tuple[Entry, Origin]]] = {}
-    for entry in host.owner.delivery.browse(op.queue, op.most):
-        origin = _origin(entry)
-        if origin is not None and op.source in (None, origin.source):
-            by_source.setdefault(origin.source, []).append((entry, origin))
-    moved = 0
-    for source, letters in by_source.items():
-        for start in range(0, len(letters), _AT_ONCE):
-            moved += await _send_back(host, source, letters[start : start + _AT_ONCE])
-    return moved
-
-
-async def _send_back(host: Host, source: str, letters: list[tuple[Entry, Origin]]) -> int:
-    delivery = host.owner.delivery
-    # A consumer may have taken one since it was looked at: it keeps it.
-    taken = [
-        (entry, origin)
-        for entry, origin in letters
-        if entry.dot in delivery.ready_only([entry.dot])
-        and delivery.settle(entry.dot, None) is Verdict.DONE
-    ]
-    if not taken or host.ended:
-        return 0
-    dots = [entry.dot for entry, _ in taken]
-    stored = False
-    try:
-        bodies = await host.bodies([entry for entry, _ in taken])
-        if bodies is not None:
-            messages = tuple(
+            past = _json.encode(origin)[1:-1]
+            letters.append(
                 NewMessage(
-                    body,
-                    entry.headers,
-                    priority=origin.priority,
-                    dedupe_id=f"redrive/{message_id(host.partition, entry.dot)}",
-                    group_id=origin.group_id,
+                    body, entry.headers, dedupe_id=f"dead/{source_id}", origin=past, moved=True
                 )
-                for (entry, origin), body in zip(taken, bodies, strict=True)
             )
+        answer = await host.around.ask(Produce(target, tuple(letters), batch=True))
+        if answer.status not in (200, 201):
+            log.warning("%d dead letters not stored at %s yet: %d", len(letters), target,
+                        answer.status)  # fmt: skip
+        return answer.status in (200, 201)
+
+    # ── and back ────────────────────────────────────────────────────────────────────────────────
+
+    async def redrive(self, op: Redrive) -> Answer:
+        """Send dead letters back; answered when all are, or after a moment with `redriving`: it
+        goes on, also under the next owner."""
+        host = self._host
+        if op.queue in self.redriving:
+            return refusal(409, "A redrive is under way", queue=op.queue)
+        self.redriving.add(op.queue)
+        task = Redriving(op.source, host.owner.last_dot, op.most)
+        noted = await host.keep_note(REDRIVE_NOTE + op.queue, _msgpack.encode(task))
+        if not noted:
+            self.redriving.discard(op.queue)
+            return refusal(503, "No quorum", 1, definite=False)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        progress = _Progress()
+        host.around.spawn(self._redrive(op.queue, task, progress, done))
+        await asyncio.wait({done}, timeout=_ANSWER_WITHIN_S)
+        word = "redriven" if done.done() and not host.ended else "redriving"
+        left = host.owner.delivery.length(op.queue)
+        body = {
+            "status": word, "queue": op.queue, "messages": progress.moved, "remaining": left
+        }  # fmt: skip
+        return Answer(200, _json.encode(body))
+
+    def resume(self, notes: Mapping[str, bytes]) -> None:
+        """What the last owner had noted and not finished."""
+        owner = self._host.owner
+        for key, value in notes.items():
+            try:
+                if key == BURY_NOTE and value:
+                    owner.exhaust(_burying.decode(value).letters)
+                elif key.startswith(REDRIVE_NOTE) and value:
+                    queue = key.removeprefix(REDRIVE_NOTE)
+                    task = _redriving.decode(value)
+                    self.redriving.add(queue)
+                    self._host.around.spawn(self._redrive(queue, task, _Progress(), None))
+            except msgspec.MsgspecError as e:
+                log.error("partition %d: unreadable %s: %s", self._host.partition, key, e)
+
+    async def _redrive(
+        self,
+        queue: str,
+        task: Redriving,
+        progress: _Progress,
+        done: asyncio.Future[None] | None,
+    ) -> None:
+        host = self._host
+        retry_s = _RETRY_S[0]
+        skipped: set[int] = set()
+        while not host.ended and (task.most is None or progress.moved < task.most):
+            moved = await self._next_letters(queue, task, progress, skipped)
+            if moved is None:
+                break
+            if moved:
+                retry_s = _RETRY_S[0]
+                continue
+            await asyncio.sleep(retry_s)
+            retry_s = min(retry_s * 2, _RETRY_S[1])
+        if not host.ended:
+            await host.keep_note(REDRIVE_NOTE + queue, b"")
+            self.redriving.discard(queue)
+        if done is not None and not done.done():
+            done.set_result(None)
+
+    async def _next_letters(
+        self, queue: str, task: Redriving, progress: _Progress, skipped: set[int]
+    ) -> bool | None:
+        """Send some back. False: not now. None: there are no more."""
+        host = self._host
+        delivery = host.owner.delivery
+        most = _AT_ONCE if task.most is None else min(_AT_ONCE, task.most - progress.moved)
+        found = delivery.browse(queue, len(skipped) + most)
+        fresh = [e for e in found if e.dot not in skipped and e.dot <= task.upto]
+        skipped.update(e.dot for e in found if e.dot > task.upto)
+        batch = _together(fresh, queue)
+        if not batch or len(skipped) > _SKIPPED_MOST:
+            return None
+        bodies = await host.bodies(batch)
+        if bodies is None:
+            return False
+        by_source: dict[str, list[tuple[Entry, NewMessage]]] = {}
+        for entry, body in zip(batch, bodies, strict=True):
+            origin = _origin(entry)
+            if origin is None or task.source not in (None, origin.source):
+                skipped.add(entry.dot)
+                continue
+            message = NewMessage(
+                body,
+                entry.headers,
+                priority=origin.priority,
+                dedupe_id=f"redrive/{message_id(host.partition, entry.dot)}",
+                group_id=origin.group_id,
+                moved=True,
+            )
+            by_source.setdefault(origin.source, []).append((entry, message))
+        for source, letters in by_source.items():
+            if not await self._send_back(source, letters, progress):
+                return False
+        return True
+
+    async def _send_back(
+        self, source: str, letters: Sequence[tuple[Entry, NewMessage]], progress: _Progress
+    ) -> bool:
+        host = self._host
+        delivery = host.owner.delivery
+        # A consumer may have taken one since it was looked at: it keeps it. What is under way is
+        # not delivered meanwhile.
+        taken = [
+            (entry, message)
+            for entry, message in letters
+            if entry.state is State.READY and delivery.settle(entry.dot, None) is Verdict.DONE
+        ]
+        if not taken:
+            return True
+        stored = False
+        try:
+            messages = tuple(message for _, message in taken)
             answer = await host.around.ask(Produce(source, messages, batch=True))
             stored = answer.status in (200, 201)
-    finally:
-        if not host.ended:
-            if stored:
-                host.owner.remove(dots)
-            else:
-                for dot in dots:
-                    delivery.unsettle(dot, host.around.cluster_ms())
-            host.after()
-    return len(taken) if stored else 0
+        finally:
+            if not host.ended:
+                if stored:
+                    host.owner.remove([entry.dot for entry, _ in taken])
+                    progress.moved += len(taken)
+                else:
+                    for entry, _ in taken:
+                        delivery.unsettle(entry.dot, host.around.cluster_ms())
+                host.after()
+        return stored
+
+
+class _Progress:
+    """How many letters a redrive has sent back."""
+
+    def __init__(self) -> None:
+        self.moved = 0
+
+
+def _together(entries: Iterable[Entry], queue: str) -> list[Entry]:
+    """The first ones, if they are of that queue, as many as make a batch of bearable size."""
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        size += entry.body_bytes
+        if batch and (len(batch) >= _AT_ONCE or size > _BYTES_AT_ONCE or entry.queue != queue):
+            break
+        batch.append(entry)
+    return batch
 
 
 def _origin(entry: Entry) -> Origin | None:
@@ -144,6 +303,6 @@ def _origin(entry: Entry) -> Origin | None:
     if entry.origin is None:
         return None
     try:
-        return _decoder.decode(b"{" + entry.origin + b"}")
+        return _origins.decode(b"{" + entry.origin + b"}")
     except msgspec.MsgspecError:
         return None

@@ -19,6 +19,7 @@ from message_queue.core.ids import unpack_dot
 from message_queue.core.messages import Spans
 from message_queue.core.operations import (
     Answer,
+    ChangeRing,
     Configure,
     Consume,
     Direct,
@@ -35,7 +36,7 @@ from message_queue.core.operations import (
     refusal,
     unknown_outcome,
 )
-from message_queue.dead_letters import bury, redrive
+from message_queue.dead_letters import Mover
 from message_queue.metrics import Metrics
 from message_queue.storage.log import Trouble
 from message_queue.storage.store import Store
@@ -127,10 +128,10 @@ class Host:
         self.flushing = False
         """Stands in the node's list of those who propose next."""
         self.ended = False
-        self.redriving: set[str] = set()
         self.store = store
         self.around = around
         self.metrics = metrics
+        self.mover = Mover(self)
         self._token = 0
         self._asked: dict[int, tuple[Done, float]] = {}
         """Who waits for something to be stored, and since when (loop time)."""
@@ -156,9 +157,11 @@ class Host:
                 delivered = await self.consume(op)
                 return delivered.answer if delivered is not None else None
             case Redrive():
-                return await redrive(self, op)
+                return await self.mover.redrive(op)
             case ListQueues():
                 return Answer(200, _json.encode([self.figures(q) for q in self.names()]))
+            case ChangeRing():
+                return None  # no queue's owner decides that
             case _:
                 assert_never(op)
 
@@ -189,11 +192,23 @@ class Host:
             self.after()
             done(answer)
             return
+        self._wait_for(token, done)
+
+    def _wait_for(self, token: int, done: Done) -> None:
         began_s = asyncio.get_running_loop().time()
         self._asked[token] = (done, began_s)
         self._due.append((began_s + ANSWER_WITHIN_S, token))
-        around.flush_soon(self)
-        around.time_matters(self)
+        self.around.flush_soon(self)
+        self.around.time_matters(self)
+
+    async def keep_note(self, key: str, value: bytes) -> bool:
+        """Store something for the next owner. False: perhaps not stored."""
+        answered: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+        token = self._next_token()
+        self.owner.keep_note(token, key, value)
+        self._wait_for(token, partial(_resolve, answered))
+        answer = await answered
+        return answer is not None and answer.status == 200
 
     async def consume(self, op: Consume) -> Delivered | None:
         """Lease and render. Cancelling leaves nothing leased. None: not the owner any more."""
@@ -306,8 +321,7 @@ class Host:
                     self._release([(e.dot, Receipt(e.epoch, e.attempt)) for e in grant.entries])
         if owner.dead_letters:
             exhausted, owner.dead_letters = owner.dead_letters, []
-            for entry in exhausted:
-                self.around.spawn(bury(self, entry))
+            self.mover.bury(exhausted)
         if owner.has_gathered:
             self.around.flush_soon(self)
         if owner.timed:

@@ -23,7 +23,7 @@ from message_queue.api.events import EventHub
 from message_queue.clocks import monotonic_ms, wall_ms
 from message_queue.config import Config
 from message_queue.copying import read_page
-from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
+from message_queue.core.delivery.owner import NOTE_KEY, SETTINGS_KEY, PartitionOwner
 from message_queue.core.ids import unpack_dot
 from message_queue.core.messages import RING_PARTITION, PeerMessage, Spans
 from message_queue.core.operations import (
@@ -264,6 +264,8 @@ class Node:
         host = Host(owner, self.store, self, self.metrics)
         self.hosts[partition] = host
         self.time_matters(host)
+        notes = {k: s.value for k, s in state.records.settings.items() if k.startswith(NOTE_KEY)}
+        host.mover.resume(notes)
         host.after()
         self.wake()
 

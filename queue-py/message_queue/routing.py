@@ -289,7 +289,7 @@ class Router:
             target = settings["dead_letter"]
         return await self.ask(Configure(queue, changes), forward)
 
-    async def redrive(self, queue: str, most: int, forward: bool = True) -> Answer:
+    async def redrive(self, queue: str, most: int | None, forward: bool = True) -> Answer:
         """See `api.keys.Service`."""
         shown = await self.ask(Show(queue))
         if shown.status not in (200, 404):

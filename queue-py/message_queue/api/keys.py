@@ -62,7 +62,7 @@ class Service(Protocol):
     async def configure(self, queue: str, changes: bytes, forward: bool = True) -> Answer:
         """Change a queue's settings, after checking that no dead letter cycle comes of it."""
 
-    async def redrive(self, queue: str, most: int, forward: bool = True) -> Answer:
+    async def redrive(self, queue: str, most: int | None, forward: bool = True) -> Answer:
         """Send dead letters back: those of a queue, or all that lie in a dead letter queue."""
 
     async def show(self, queue: str) -> Answer:
@@ -70,6 +70,9 @@ class Service(Protocol):
 
     async def queues(self) -> dict[str, object]:
         """The queues of all reachable owners."""
+
+    async def change_ring(self, join: bool, addr: str) -> Answer:
+        """Let the node at that address into the ring, or out of it."""
 
     def ring(self, queue: str | None) -> dict[str, object]:
         """Placement: nodes, partitions, owners, epochs."""

@@ -138,9 +138,10 @@ class PeekQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RedriveQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """POST /queues/{q}/redrive: `q` is the source, or the dead letter queue itself."""
+    """POST /queues/{q}/redrive: `q` is the source, or the dead letter queue itself. Without `max`:
+    all that are there."""
 
-    max: Most = MAX_BATCH
+    max: Annotated[int, msgspec.Meta(ge=1, le=2**53)] | None = None
     forward: bool = True
 
 
@@ -148,6 +149,12 @@ class RingQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """GET /ring."""
 
     queue: Name | None = None
+
+
+class RingBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /admin/join and /admin/leave: a node's `host:port`, as its `--addr` names it."""
+
+    addr: Annotated[str, msgspec.Meta(min_length=3, max_length=300)]
 
 
 class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -38,6 +38,8 @@ class NewMessage(Struct, frozen=True, array_like=True):
     group_id: Name | None = None
     origin: bytes | None = None
     """A dead letter's (or a redriven one's) past, as JSON members."""
+    moved: bool = False
+    """The service itself moves it: `dedupe_id` is the service's, no client's."""
 
 
 class Produce(Struct, frozen=True, array_like=True, tag=1):
@@ -123,11 +125,20 @@ class Redrive(Struct, frozen=True, array_like=True, tag=10):
 
     queue: Name
     source: Name | None = None
-    most: Annotated[int, Meta(ge=1, le=MAX_BATCH)] = MAX_BATCH
+    most: Annotated[int, Meta(ge=1)] | None = None
+    """None: all that are there."""
 
 
 class ListQueues(Struct, frozen=True, array_like=True, tag=11):
     """The queues of all partitions that this node owns."""
+
+
+class ChangeRing(Struct, frozen=True, array_like=True, tag=12):
+    """Let a node into the ring, or out of it. ``id``: of a joiner that asks for itself."""
+
+    join: bool
+    addr: Name
+    id: Annotated[str, Meta(max_length=256)] = ""
 
 
 Direct = Produce | Settle | Nack | Extend
@@ -145,6 +156,7 @@ Operation = (
     | Purge
     | Redrive
     | ListQueues
+    | ChangeRing
 )
 
 

@@ -6,6 +6,9 @@ from collections import deque
 
 from msgspec import Struct
 
+Key = tuple[str, str, bool]
+"""(queue, id, whether it is a move's)"""
+
 
 class Mark(Struct, eq=False, gc=False):
     """One id in use."""
@@ -20,17 +23,16 @@ class DedupeWindow:
     length; after a takeover, `sort` sees to it)."""
 
     def __init__(self) -> None:
-        self._marks: dict[tuple[str, str], Mark] = {}
-        self._order: deque[tuple[int, tuple[str, str]]] = deque()
+        self._marks: dict[Key, Mark] = {}
+        self._order: deque[tuple[int, Key]] = deque()
 
-    def find(self, queue: str, dedupe_id: str, now_ms: int) -> Mark | None:
+    def find(self, key: Key, now_ms: int) -> Mark | None:
         """The mark of an id, if its window is open."""
-        mark = self._marks.get((queue, dedupe_id))
+        mark = self._marks.get(key)
         return mark if mark is not None and mark.until_ms > now_ms else None
 
-    def add(self, queue: str, dedupe_id: str, mark: Mark) -> None:
+    def add(self, key: Key, mark: Mark) -> None:
         """An id is used from now on."""
-        key = (queue, dedupe_id)
         self._marks[key] = mark
         self._order.append((mark.until_ms, key))
 

@@ -55,6 +55,7 @@ from message_queue.core.replication.dots import DotSet
 from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft, SetDraft
 
 SETTINGS_KEY = "queue/"
+NOTE_KEY = "note/"
 MARK_BYTES = 500
 """About what an id in the dedupe window takes in memory (measured)."""
 _json = msgspec.json.Encoder()
@@ -139,8 +140,8 @@ class PartitionOwner:
                 case MessageMeta():
                     entry = stored.entry_of(dot, meta, None, body_bytes)
                     self.delivery.put(entry, now_ms)
-                case DedupeMark(queue, dedupe_id, back, until_ms):
-                    self._window.add(queue, dedupe_id, Mark(dot - back, dot, until_ms))
+                case DedupeMark(queue, dedupe_id, back, until_ms, moved):
+                    self._window.add((queue, dedupe_id, moved), Mark(dot - back, dot, until_ms))
         return unreadable
 
     def restore_part(self, part: ShelfPart, now_ms: int) -> list[str]:
@@ -175,7 +176,7 @@ class PartitionOwner:
         for message in op.messages:
             dedupe_id = message.dedupe_id
             if dedupe_id is not None:
-                mark = self._window.find(queue, dedupe_id, now_ms)
+                mark = self._window.find((queue, dedupe_id, message.moved), now_ms)
                 if mark is not None:
                     pieces.append(mark)
                     continue
@@ -187,8 +188,8 @@ class PartitionOwner:
             count += 1
             if dedupe_id is not None:
                 mark = Mark(0, 0, now_ms + DEDUPE_WINDOW_MS)
-                self._window.add(queue, dedupe_id, mark)
-                raw = stored.encode(DedupeMark(queue, dedupe_id, 1, mark.until_ms))
+                self._window.add((queue, dedupe_id, message.moved), mark)
+                raw = stored.encode(DedupeMark(queue, dedupe_id, 1, mark.until_ms, message.moved))
                 drafts.append(PutDraft(raw, b""))
                 marks.append((count, mark))
                 count += 1
@@ -273,9 +274,28 @@ class PartitionOwner:
         self._gathered.append(Configuring(token, 1, queue=queue, answer=answer))
         return None
 
-    def remove(self, dots: Sequence[int]) -> None:
-        """End messages that are already SETTLING (dead letters stored at their target)."""
+    def remove(self, dots: Sequence[int], note: str | None = None) -> None:
+        """End messages that are already SETTLING (they are stored at their target), and with them
+        the note about their move."""
         self._end(0, list(dots), None)
+        if note is not None:
+            self.keep_note(0, note, b"")
+
+    def keep_note(self, token: int, key: str, value: bytes) -> None:
+        """Remember something about the partition for the next owner; empty: forget it."""
+        self._drafts.append(SetDraft(key, value))
+        self._gathered.append(Settling(token, 1, answer=Answer(200)))
+
+    def exhaust(self, letters: Iterable[tuple[int, int]]) -> None:
+        """At takeover: the last owner was about to move these (dot, attempts) to their dead letter
+        queue. They come out of `dead_letters`."""
+        for dot, attempts in letters:
+            self.delivery.exhaust(dot, attempts)
+
+    @property
+    def last_dot(self) -> int:
+        """No message that is stored here has a higher dot."""
+        return pack_dot(self.epoch, self._assigned)
 
     def tick(self, now_ms: int) -> None:
         """Let time end what it ends."""

@@ -131,6 +131,13 @@ class PartitionDelivery(Stock):
         elif queue.exhausted(entry):
             self._end(queue, entry, Ended.EXHAUSTED)
 
+    def exhaust(self, dot: int, attempts: int) -> None:
+        """At takeover: its last delivery was one too many already."""
+        entry = self._find(dot)
+        if entry is not None and entry.state in (State.READY, State.DELAYED, State.LEASED):
+            entry.attempt = max(entry.attempt, attempts)
+            self._end(self._queues[entry.queue], entry, Ended.EXHAUSTED)
+
     def waiting(self) -> list[int]:
         """Tokens of all who wait."""
         return list(self._waiting_in)

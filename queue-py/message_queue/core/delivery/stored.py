@@ -37,6 +37,8 @@ class DedupeMark(Struct, frozen=True, array_like=True, tag=2):
     back: int
     """The message's seq is the mark's minus this."""
     until_ms: int
+    moved: bool = False
+    """A move's, not a client's: the same text means something else."""
 
 
 class Plain(NamedTuple):
