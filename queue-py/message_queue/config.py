@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from message_queue.core.messages import MAX_NODES
+from message_queue.core.placement.membership import MAX_MEMBERS
 
 MAX_NAME_BYTES = 256
 DEFAULT_BODY_BYTES = 1 << 20
@@ -66,8 +66,8 @@ class TlsFiles:
 class Config:
     node_id: str
     addr: Address
-    peers: tuple[Address, ...]  # every member, this node included; the position is the identity
-    position: int
+    peers: tuple[Address, ...]  # the founders, this node included; the position is the identity
+    position: int  # -1 for a joiner: it is given one
     data_dir: Path
     replication_factor: int
     virtual_nodes: int
@@ -78,6 +78,8 @@ class Config:
     max_body_bytes: int
     log_format: str
     log_level: str
+    join: tuple[Address, ...] = ()  # members that may admit this node
+    found_with_majority: bool = False
     cluster_secret: bytes | None = field(default=None, repr=False)  # never logged
 
     @property
@@ -98,8 +100,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--id", required=True, help="name of this node, unique in the cluster")
     p.add_argument("--addr", required=True, help="host:port for clients and peers")
-    p.add_argument("--peers", required=True, help="host:port of every node, this one included, "
-                   "in the same order on every node")  # fmt: skip
+    p.add_argument("--peers", help="host:port of every founding node, this one included, in the "
+                   "same order on every node; a stored ring overrides it")  # fmt: skip
+    p.add_argument("--join", help="host:port of any member (or several, by commas): become one too "
+                   "instead of founding a cluster")  # fmt: skip
+    p.add_argument("--found_with_majority", action="store_true",
+                   help="found a new cluster after three seconds though some of --peers are "
+                   "missing; unsafe if a disk is lost before they come")  # fmt: skip
     p.add_argument("--dataDir", help="where this node keeps its messages (default data/<id>)")
     p.add_argument("--replication_factor", type=_positive, default=3,
                    help="nodes that hold each message (default 3, or all if fewer)")  # fmt: skip
@@ -139,12 +146,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
     args = parser().parse_args(argv)
     node_id = valid_name(args.id, "--id")
     addr = Address.parse(args.addr, "--addr")
-    peers = tuple(Address.parse(part, "--peers") for part in args.peers.split(","))
-    if len(peers) > MAX_NODES:
-        raise ConfigError(f"--peers: at most {MAX_NODES} nodes")
+    if args.peers is None and args.join is None:
+        raise ConfigError("one of --peers (a founder) and --join is required")
+    peers = addresses(args.peers, "--peers")
+    if len(peers) > MAX_MEMBERS:
+        raise ConfigError(f"--peers: at most {MAX_MEMBERS} nodes")
     if len(set(peers)) != len(peers):
         raise ConfigError("--peers: names an address twice")
-    if addr not in peers:
+    if peers and addr not in peers:
         raise ConfigError(f"--peers: does not name this node's own address {addr}")
     secret = _cluster_secret(args.cluster_secret_file, environ)
     if not addr.is_loopback and secret is None and not args.insecure:
@@ -156,8 +165,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         node_id=node_id,
         addr=addr,
         peers=peers,
-        position=peers.index(addr),
-        replication_factor=min(args.replication_factor, len(peers)),
+        position=peers.index(addr) if peers else -1,
+        join=addresses(args.join, "--join"),
+        found_with_majority=args.found_with_majority,
+        replication_factor=_within(args.replication_factor, 1, 1 << 20, "--replication_factor"),
         virtual_nodes=_within(args.virtual_nodes, 1, 4096, "--virtual_nodes"),
         fsync=args.fsync,
         segment_bytes=_within(args.segment_bytes, 64 << 10, 1 << 31, "--segment_bytes"),
@@ -169,6 +180,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         log_level=args.log_level,
         cluster_secret=secret,
     )
+
+
+def addresses(text: str | None, flag: str) -> tuple[Address, ...]:
+    """A comma-separated list; () if the flag is absent."""
+    return tuple(Address.parse(part, flag) for part in text.split(",")) if text is not None else ()
 
 
 def valid_name(text: str, flag: str) -> str:

@@ -8,25 +8,26 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import hashlib
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 
 from aiohttp import web
 
+from message_queue import admission, logs
 from message_queue import config as configuration
-from message_queue import logs
+from message_queue.admission import Place
 from message_queue.api import app as application
 from message_queue.api import connection
 from message_queue.api.events import EventHub
 from message_queue.config import Address, Config, ConfigError
 from message_queue.metrics import Metrics
 from message_queue.node import AnyMessage, Node
-from message_queue.storage.data_dir import DataDir, Identity
+from message_queue.storage.data_dir import DataDir
 from message_queue.transport import tls
 from message_queue.transport.links import LINK_PATH, Hello, Links
 
@@ -49,33 +50,51 @@ def main(argv: Sequence[str]) -> int:
 def run(config: Config) -> int:
     # Socket first, directory last: a taken port or a foreign directory leaves no trace.
     listening = bind(config.addr, "--addr")
-    with listening:
-        data_dir = DataDir.open(config.data_dir, identity(config))
+    with listening, asyncio.Runner(loop_factory=loop_factory()) as runner:
+        place = admission.place_at_start(config)
+        if place is None:
+            place = runner.run(admit(config, listening))
+            if place is None:
+                return 0
+            config = replace(config, position=place.position)
+        data_dir = DataDir.open(config.data_dir, admission.identity(config, place))
         try:
-            with asyncio.Runner(loop_factory=loop_factory()) as runner:
-                return runner.run(serve(config, listening, data_dir))
+            admission.keep_ring(config.data_dir, place.ring)
+            return runner.run(serve(config, place, listening, data_dir))
         finally:
             data_dir.close()
 
 
-async def serve(config: Config, listening: socket.socket, data_dir: DataDir) -> int:
+async def admit(config: Config, listening: socket.socket) -> Place | None:
+    """Wait until a member lets this node in; None: asked to stop meanwhile."""
+    client_ssl = tls.client_context(config.tls) if config.tls else None
+    server_ssl = tls.server_context(config.tls) if config.tls else None
+    log.info("asking to be let into the ring")
+    return await admission.admitted(config, listening, client_ssl, server_ssl, stop_requested())
+
+
+async def serve(config: Config, place: Place, listening: socket.socket, data_dir: DataDir) -> int:
     metrics, events = Metrics(), EventHub()
     try:
-        node = await Node.open(config, metrics, events, data_dir)
+        node = await Node.open(config, place, metrics, events, data_dir)
     except OSError as e:
         raise ConfigError(f"{config.data_dir}: {e.strerror or e}") from e
     links: Links[AnyMessage] = Links(
         Hello(
             position=config.position, node_id=config.node_id, addr=str(config.addr),
-            cluster=cluster_fingerprint(config), incarnation=node.incarnation,
+            cluster=place.cluster, incarnation=node.incarnation,
         ),
-        peer_urls(config),
+        node.keeper.urls(),
         message_type=AnyMessage, on_batch=node.on_batch, on_up=node.on_up, on_down=node.on_down,
         secret=config.cluster_secret,
         client_ssl=tls.client_context(config.tls) if config.tls else None, metrics=metrics,
+        on_refused=node.keeper.refused, has_left=node.keeper.has_left,
     )  # fmt: skip
     node.attach(links)
-    peer_routes = [web.get(LINK_PATH, links.accept)]
+    peer_routes = [
+        web.get(LINK_PATH, links.accept),
+        web.post(admission.JOIN_PATH, admission.handler(config.cluster_secret, node.keeper.admit)),
+    ]
     app = application.build(node.router, config, metrics, events, peer_routes)
     # handler_cancellation: a handler whose client hung up is cancelled.
     runner = web.AppRunner(
@@ -150,25 +169,6 @@ def bind(addr: Address, flag: str) -> socket.socket:
             else f"{flag}: cannot bind {addr}: {e.strerror}"
         ) from e
     return listening
-
-
-def peer_urls(config: Config) -> dict[int, str]:
-    """Where to dial the others, by position."""
-    members = enumerate(config.peers)
-    return {i: f"{config.scheme}://{peer}" for i, peer in members if i != config.position}
-
-
-def cluster_fingerprint(config: Config) -> str:
-    """Names the cluster by what places its data: nodes with other numbers would place it elsewhere.
-
-    Addresses are not in it: they are only for dialling, and may differ from node to node.
-    """
-    facts = f"{len(config.peers)} {config.replication_factor} {config.virtual_nodes}"
-    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
-
-
-def identity(config: Config) -> Identity:
-    return Identity("queue", config.node_id, config.position, cluster_fingerprint(config))
 
 
 def loop_factory() -> type[asyncio.AbstractEventLoop] | None:

@@ -7,7 +7,7 @@ from importlib.resources import files
 import msgspec
 from aiohttp import web
 
-from message_queue.api.errors import json_response
+from message_queue.api.errors import ApiError, json_response
 from message_queue.api.frames import STREAM_PROTOCOL
 from message_queue.api.keys import EVENTS, METRICS, REQUEST_ID, SERVICE
 from message_queue.api.openapi import Route, document
@@ -33,6 +33,7 @@ from message_queue.api.schemas import (
     PeekQuery,
     ProduceBody,
     RedriveQuery,
+    RingBody,
     RingQuery,
     RouteQuery,
     SettingsBody,
@@ -41,6 +42,7 @@ from message_queue.api.schemas import (
     read_query,
 )
 from message_queue.api.stream import STREAMS
+from message_queue.config import Address, ConfigError
 from message_queue.core.operations import Answer, Extend, Nack, Peek, Produce, Purge
 
 _produce = msgspec.json.Decoder(ProduceBody)
@@ -48,6 +50,7 @@ _ack = msgspec.json.Decoder(AckBody)
 _nack = msgspec.json.Decoder(NackBody)
 _extend = msgspec.json.Decoder(ExtendBody)
 _settings = msgspec.json.Decoder(SettingsBody)
+_ring = msgspec.json.Decoder(RingBody)
 _encode = msgspec.json.Encoder().encode
 _PAGE = files("message_queue.dashboard").joinpath("index.html").read_bytes()
 
@@ -142,6 +145,24 @@ async def ring(request: web.Request) -> web.Response:
     return json_response(request.app[SERVICE].ring(query.queue))
 
 
+async def join(request: web.Request) -> web.Response:
+    return await _change_ring(request, join=True)
+
+
+async def leave(request: web.Request) -> web.Response:
+    return await _change_ring(request, join=False)
+
+
+async def _change_ring(request: web.Request, *, join: bool) -> web.Response:
+    body = await read_json(request, _ring)
+    read_query(request, NoQuery)
+    try:
+        addr = str(Address.parse(body.addr, "addr"))
+    except ConfigError as e:
+        raise ApiError(400, "Invalid address", field="addr", detail=str(e)) from e
+    return respond(await request.app[SERVICE].change_ring(join, addr))
+
+
 # --- what every service has -----------------------------------------------------------------------
 
 
@@ -199,6 +220,9 @@ async def dashboard(request: web.Request) -> web.Response:
 _DONE = {200: "Done", 400: "Bad input", 404: "Never issued", 409: "Overtaken",
          421: "Wrong node (forward=false)", 503: "No quorum"}  # fmt: skip
 _ROUTED = {200: "OK", 400: "Bad input", 421: "Wrong node (forward=false)", 503: "No quorum"}
+_CHANGED = {202: "Accepted: partitions begin to move", 200: "It is so already", 400: "Bad input",
+            409: "Another change is in progress, or too few nodes would be left",
+            503: "No quorum"}  # fmt: skip
 ROUTES = (
     Route("POST", "/produce", produce, "Store a message, or a batch of them", body=ProduceBody,
           query=RouteQuery, answers={201: "Stored on a majority", 200: "Deduplicated",
@@ -224,6 +248,10 @@ ROUTES = (
     Route("POST", "/queues/{queue}/redrive", redrive, "Send dead letters back to their source",
           query=RedriveQuery, answers={409: "A redrive is under way", **_ROUTED}),
     Route("GET", "/ring", ring, "Placement of queues and partitions", query=RingQuery),
+    Route("POST", "/admin/join", join, "Let a node into the ring; progress on /events and /ring",
+          body=RingBody, answers=_CHANGED),
+    Route("POST", "/admin/leave", leave, "Have a node hand everything over and leave the ring",
+          body=RingBody, answers={404: "No such node", **_CHANGED}),
     Route("GET", "/status", status, "State of this node"),
     Route("GET", "/healthz", healthz, "The process is alive"),
     Route("GET", "/readyz", readyz, "The node can serve",

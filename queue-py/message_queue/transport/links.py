@@ -36,6 +36,7 @@ OUTBOX_BYTES = 32 << 20
 MAX_FRAME_MESSAGES = 0xFFFF
 HELLO_TIMEOUT_S = 2.0
 KEEPALIVE_S = 2.0
+LEFT = "has left the cluster"
 RECONNECT_S = (0.02, 0.2)
 
 M = TypeVar("M")
@@ -75,7 +76,10 @@ class Links(Generic[M]):
         secret: bytes | None,
         client_ssl: ssl.SSLContext | None,
         metrics: Metrics,
+        on_refused: Callable[[int, str], None] = lambda position, reason: None,
+        has_left: Callable[[int], bool] = lambda position: False,
     ) -> None:
+        """``has_left``: that position was a member, and never will be one again."""
         self._me = me
         self._urls = dict(urls)
         self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(
@@ -88,12 +92,14 @@ class Links(Generic[M]):
         self._secret = secret
         self._client_ssl = client_ssl
         self._metrics = metrics
+        self._on_refused = on_refused
+        self._has_left = has_left
         self._outboxes = {position: _Outbox() for position in urls}
         self._known_ids: dict[int, str] = {me.position: me.node_id}
         self._incoming: dict[int, web.WebSocketResponse] = {}
         self._connected: set[int] = set()
         self._session: aiohttp.ClientSession | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[int, asyncio.Task[None]] = {}
 
     # --- sending -------------------------------------------------------------------------------
 
@@ -128,19 +134,41 @@ class Links(Generic[M]):
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=self._client_ssl or True)
         )
-        self._tasks = [
-            asyncio.create_task(self._dial(position), name=f"link to {position}")
-            for position in self._urls
-        ]
+        for position in self._urls:
+            self._start(position)
+
+    def _start(self, position: int) -> None:
+        self._tasks[position] = asyncio.create_task(
+            self._dial(position), name=f"link to {position}"
+        )
+
+    def add(self, position: int, url: str) -> None:
+        """A new node of the ring: dial it, and let it in."""
+        if position not in self._urls and position != self._me.position:
+            self._urls[position] = url
+            self._outboxes[position] = _Outbox()
+            if self._session is not None:
+                self._start(position)
+
+    def remove(self, position: int) -> None:
+        """That node has left."""
+        if self._urls.pop(position, None) is None:
+            return
+        task = self._tasks.pop(position, None)
+        if task is not None:
+            task.cancel()
+        incoming = self._incoming.get(position)
+        if incoming is not None:
+            asyncio.ensure_future(incoming.close()).add_done_callback(_consume)
 
     async def stop(self) -> None:
         """Flush what is queued on links that are up (0.2 s at most), then close all of them."""
         flushing = [self._outboxes[position].drained() for position in self._connected]
         if flushing:
             await asyncio.wait([asyncio.ensure_future(f) for f in flushing], timeout=0.2)
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         if self._session is not None:
             await self._session.close()
         for ws in list(self._incoming.values()):
@@ -154,6 +182,7 @@ class Links(Generic[M]):
                 await self._hold_link(position)
                 backoff_s = RECONNECT_S[0]
             except Refused as e:
+                self._on_refused(position, str(e))
                 if str(e) != refusal:  # once per reason, not five times a second
                     refusal = str(e)
                     log.error("peer %s refused: %s", self._urls[position], e)
@@ -255,6 +284,8 @@ class Links(Generic[M]):
     def _check(self, hello: Hello, expected_position: int) -> None:
         if hello.cluster != self._me.cluster:
             raise Refused(f"it belongs to cluster {hello.cluster}, this node to {self._me.cluster}")
+        if self._has_left(hello.position):
+            raise Refused(f"node {hello.position} {LEFT}")
         if hello.position != expected_position or hello.position not in self._urls:
             raise Refused(f"it calls itself position {hello.position}")
         known = self._known_ids.setdefault(hello.position, hello.node_id)

@@ -116,11 +116,14 @@ class Moving(Stopping):
             1,
             FOUNDERS,
             1 + world.seed % 7,
-            1 if world.seed % 11 == 0 else 3,
+            self.copies(world.seed),
             tuple((p, Member(world.names[p])) for p in range(FOUNDERS)),
             next_position=FOUNDERS,
         )
         self.latest: Membership | None = None
+
+    def copies(self, seed: int) -> int:
+        return 1 if seed % 11 == 0 else 3
 
     def build(self, host: Host) -> SimNode:
         return MovingNode(host, self)
@@ -215,7 +218,8 @@ class Moving(Stopping):
                 continue
             if waiting and (len(members) <= FOUNDERS or rng.random() < 0.5):
                 asked = Join(rng.choice(waiting))
-                await self.renew(asked.addr)
+                if not await self.renew(asked.addr):
+                    continue
             else:
                 asked = Leave(rng.choice(members))
             await self.ask(
@@ -223,13 +227,15 @@ class Moving(Stopping):
                 world.clock.now_ms + 500,
             )
 
-    async def renew(self, name: str) -> None:
-        """A machine that left comes back as another node, with an empty disk."""
+    async def renew(self, name: str) -> bool:
+        """A machine that left comes back as another node, with an empty disk. False: not now."""
         world = self.world
         position = self.position_of(name)
         ring = self.latest or self.founding
-        if position == NOBODY or not departed(ring, position) or changing(ring):
-            return
+        if position == NOBODY or not departed(ring, position):
+            return True
+        if changing(ring):
+            return False
         world.coverage.hit("machine_reused")
         world.crash(name)
         await world.sleep_ms(400)
@@ -238,6 +244,7 @@ class Moving(Stopping):
         world.disks[name].flush()
         world.disks[name].crash()
         world.start(name)
+        return True
 
     async def admission(self, node: MovingNode) -> None:
         """The joiner asks whether it is in the ring by now. Only the one who may change the ring is
@@ -313,10 +320,18 @@ MOVES = Scenario(
     wire=wire,
 )  # fmt: skip
 
+
+class Redundant(Moving):
+    """What has one copy is lost with its disk."""
+
+    def copies(self, seed: int) -> int:
+        return 3
+
+
 MOVES_WIPES = Scenario(
     "moves_wipes",
     nodes=("n1", "n2", "n3", "n4", "n5"),
-    harness=Moving,
+    harness=Redundant,
     duration_ms=5_000,
     settle_ms=9_000,
     faults=Faults(crash=2, pause=1, wipe=3, max_wipes=1, max_down=1, every_ms=(200, 1_500)),

@@ -15,6 +15,8 @@ written in its own seal (``replication.quorum``), so no ring, late or early, can
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -51,6 +53,17 @@ def nodes(ring: Membership) -> dict[int, Member]:
     if ring.leaving is not None:
         found[ring.leaving[0]] = ring.leaving[1]
     return found
+
+
+def named(ring: Membership, heard: Mapping[int, Member]) -> Membership:
+    """The same ring with nodes as they announce themselves; itself if that is nothing new."""
+    members = tuple((p, heard.get(p, member)) for p, member in ring.members)
+    leaving = ring.leaving
+    if leaving is not None:
+        leaving = (leaving[0], heard.get(leaving[0], leaving[1]))
+    if members == ring.members and leaving == ring.leaving:
+        return ring
+    return replace(ring, members=members, leaving=leaving)
 
 
 def departed(ring: Membership, position: int) -> bool:

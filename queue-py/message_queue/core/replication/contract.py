@@ -7,9 +7,10 @@ draws a random number.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
-from message_queue.core.messages import Copy, PeerMessage, Spans
+from message_queue.core.messages import Copy, Member, PeerMessage, Spans
 from message_queue.core.replication.config import ReplicationConfig as ReplicationConfig
 from message_queue.core.replication.drafts import Accepted as Accepted
 from message_queue.core.replication.drafts import AckDraft as AckDraft
@@ -71,9 +72,12 @@ class Replication(Protocol):
         changed.
         """
 
-    def change_ring(self, asked: Join | Leave, now_ms: int) -> RingAnswer:
+    def change_ring(
+        self, asked: Join | Leave, now_ms: int, heard: Mapping[int, Member]
+    ) -> RingAnswer:
         """Take a change of the ring in. It is in force when ``ring.version`` has reached that of
-        ``Changed``, and over when it names nobody who joins or leaves."""
+        ``Changed``, and over when it names nobody who joins or leaves. ``heard``: nodes as they
+        announced themselves."""
 
     def paused(self, partition: int, soft: bytes | None, now_ms: int) -> Effects:
         """The answer to ``Effects.pausing``: the leases, None if unchanged since the last

@@ -7,12 +7,12 @@ committed ring by gossip: heartbeats carry its version, and who knows a later on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 from msgspec import Struct
 
-from message_queue.core.messages import RING_PARTITION, Membership, RingNews
+from message_queue.core.messages import RING_PARTITION, Member, Membership, RingNews
 from message_queue.core.placement.membership import (
     Declined,
     admit,
@@ -20,6 +20,7 @@ from message_queue.core.placement.membership import (
     departed,
     dismiss,
     finish,
+    named,
     nodes,
 )
 from message_queue.core.replication.desk import Desk
@@ -81,10 +82,13 @@ class Governor:
 
     # -- what clients ask ------------------------------------------------------------------------
 
-    def change(self, asked: Join | Leave, now_ms: int) -> Declined | Membership:
+    def change(
+        self, asked: Join | Leave, now_ms: int, heard: Mapping[int, Member]
+    ) -> Declined | Membership:
         """The ring that was asked for; the present one if it is so already. Proposed, not yet
-        committed. The caller checked that this node owns the ring's partition."""
-        ring = self._desk.ring
+        committed. The caller checked that this node owns the ring's partition. ``heard``: nodes as
+        they announce themselves."""
+        ring = named(self._desk.ring, heard)
         if isinstance(asked, Join):
             wanted = admit(ring, asked.addr, asked.id)
         else:

@@ -14,7 +14,9 @@ what waits for the disk. See DESIGN.md.
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final, assert_never
 
 from message_queue.core.messages import (
     RING_PARTITION,
@@ -31,6 +33,7 @@ from message_queue.core.messages import (
     Heartbeat,
     HeartbeatAnswer,
     Inquire,
+    Member,
     Membership,
     PeerMessage,
     Promise,
@@ -68,6 +71,7 @@ from message_queue.core.replication.state import PartitionState
 from message_queue.core.replication.validation import plausible
 
 CLOCK_RECORD_MS = 1_000
+NOBODY: Final[Mapping[int, Member]] = MappingProxyType({})
 
 
 class Replicator(Replication):
@@ -242,12 +246,14 @@ class Replicator(Replication):
         self._offices.withdraw(partition, lost, now_ms)
         return self._end(fx, now_ms)
 
-    def change_ring(self, asked: Join | Leave, now_ms: int) -> RingAnswer:
+    def change_ring(
+        self, asked: Join | Leave, now_ms: int, heard: Mapping[int, Member] = NOBODY
+    ) -> RingAnswer:
         if RING_PARTITION not in self.seats or not self.may_serve(RING_PARTITION, now_ms):
             owner = self.owner(RING_PARTITION)
             return NotOwner(None if owner == self.config.node else owner)
         fx = self._begin(now_ms)
-        answer = self._governor.change(asked, now_ms)
+        answer = self._governor.change(asked, now_ms, heard)
         if isinstance(answer, Declined):
             return answer
         return Changed(answer.version, self._end(fx, now_ms))
