@@ -39,6 +39,7 @@ from secure_store.heads import log_id_of
 from secure_store.metrics import Metrics
 from secure_store.node import Node
 from secure_store.storage.audit_log import AuditLog
+from secure_store.storage.backup import restored_from
 from secure_store.storage.data_dir import DataDir, Identity
 from secure_store.storage.database import Database
 from secure_store.storage.keyring import (
@@ -71,6 +72,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: Config) -> int:
+    # Commits and audit lines are written by threads, which take the interpreter's lock at every
+    # statement: at its default of 5 ms a busy loop would hold each of them up for that long.
+    sys.setswitchinterval(0.0005)
     # Socket first, files that must be right next, directory last: a refusal leaves no trace.
     listening = bind(config.addr, "--addr")
     with listening:
@@ -254,6 +258,8 @@ def announce(
     if audit.misfit:
         log.error("the end of the audit log does not fit its MAC: run main.py audit verify")
     details = "demo tokens on" if config.demo_tokens else "demo tokens off"
+    if (backup := restored_from(config.data_dir)) is not None:
+        details += f"; restored from cluster {backup.cluster_id}, record {backup.seq}"
     node.system_note("started", details + (f"; torn audit tail {audit.torn}" if audit.torn else ""))
 
 
