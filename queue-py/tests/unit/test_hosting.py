@@ -1,0 +1,406 @@
+"""A partition at its owner with a real disk and a replication that is always of its opinion: what
+lies only on disk, moves to dead letter queues and back, and refusals before room runs out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from message_queue.core.delivery.owner import NOTE_KEY, SETTINGS_KEY, PartitionOwner
+from message_queue.core.ids import parse_id, unpack_dot
+from message_queue.core.messages import (
+    Ack,
+    AppendRecord,
+    Entry,
+    PromiseRecord,
+    Put,
+    SealRecord,
+    Set,
+    Spans,
+)
+from message_queue.core.operations import (
+    Answer,
+    Configure,
+    Consume,
+    Nack,
+    NewMessage,
+    Operation,
+    Produce,
+    Purge,
+    Redrive,
+    Settle,
+    refusal,
+)
+from message_queue.core.placement.ring import partition_of
+from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft
+from message_queue.core.replication.state import PartitionState
+from message_queue.hosting import Host
+from message_queue.metrics import Metrics
+from message_queue.storage.log import Fsync, Trouble
+from message_queue.storage.store import Store
+
+
+class House:
+    """A node without peers: what is on its disk is committed."""
+
+    def __init__(self) -> None:
+        self.store: Store
+        self.hosts: dict[int, Host] = {}
+        self.keep = True
+        self.full = False
+        self.now_ms = 1_000
+        self.epoch = 65
+        self.refuse: Callable[[Operation], Answer | None] = lambda _: None
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.batch = 0
+        self.waiting: dict[int, tuple[Host, int]] = {}
+
+    async def open(self, directory: Path) -> None:
+        self.store = await Store.open(
+            directory, segment_bytes=1 << 20, fsync=Fsync.NEVER, on_durable=self.durable,
+            on_halt=pytest.fail, on_trouble=lambda _: None,
+        )  # fmt: skip
+
+    async def host(self, queue: str) -> Host:
+        """The owner of a queue's partition, made as `Node._gained` makes it."""
+        partition = partition_of(queue)
+        if partition in self.hosts:
+            return self.hosts[partition]
+        state = self.store.states.setdefault(partition, PartitionState(partition))
+        view = state.view()
+        epoch = self.epoch
+        seal = SealRecord(partition, epoch, 1, msgspec.structs.replace(view, sealed=epoch))
+        for record in (PromiseRecord(partition, epoch, 1), seal):
+            state.apply(record)
+            self.store.persist(0, [record])
+        await self.store.flushed()
+        shelf = self.store.shelf(partition)
+        context = state.records.context
+        owner = PartitionOwner(partition, epoch, lambda dot: context.has(*unpack_dot(dot)), shelf)
+        settings = {k: s.value for k, s in state.records.settings.items()}
+        queues = {k: v for k, v in settings.items() if k.startswith(SETTINGS_KEY)}
+        assert not owner.restore_settings(queues, self.now_ms)
+        for chunk in state.held.numbered():
+            part = shelf.part(*chunk)
+            assert not part.missing
+            assert not owner.restore_part(part, self.now_ms)
+        owner.restore_leases(b"", self.now_ms)
+        host = self.hosts[partition] = Host(owner, self.store, self, Metrics())
+        host.mover.resume({k: v for k, v in settings.items() if k.startswith(NOTE_KEY)})
+        host.after()
+        return host
+
+    def crash(self) -> None:
+        """Every ownership ends without a word."""
+        for host in self.hosts.values():
+            host.end(clean=False)
+        self.hosts.clear()
+        self.waiting.clear()
+        self.epoch += 64
+
+    # what a host asks of the node
+
+    def cluster_ms(self) -> int:
+        return self.now_ms
+
+    def wall_ms(self) -> int:
+        return 7
+
+    def may_serve(self, partition: int) -> bool:
+        return partition in self.hosts
+
+    def keep_bodies(self) -> bool:
+        return self.keep
+
+    def memory_full(self) -> bool:
+        return self.full
+
+    def time_matters(self, host: Host) -> None:
+        pass
+
+    def report_damage(self, partition: int, lost: Spans) -> None:
+        pytest.fail(f"partition {partition} lacks {lost}")
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+
+    async def ask(self, operation: Operation) -> Answer:
+        refused = self.refuse(operation)
+        if refused is not None:
+            return refused
+        assert isinstance(operation, Produce | Redrive | Configure | Purge | Consume)
+        answer = await (await self.host(operation.queue)).perform(operation)
+        return answer if answer is not None else refusal(503, "moved")
+
+    def flush_soon(self, host: Host) -> None:
+        if not host.flushing:
+            host.flushing = True
+            asyncio.get_running_loop().call_soon(self.flush, host)
+
+    def flush(self, host: Host) -> None:
+        host.flushing = False
+        drafts, gathered = host.owner.gather(1 << 22)
+        if host.ended:
+            return
+        state = self.store.states[host.partition]
+        first = state.records.context.last(host.owner.epoch) + 1
+        entries = tuple(stamp(draft, seq) for seq, draft in enumerate(drafts, first))
+        if entries:
+            record = AppendRecord(host.partition, host.owner.epoch, entries)
+            gone = state.apply(record)
+            self.batch += 1
+            self.waiting[self.batch] = host, first + len(entries) - 1
+            self.store.persist(self.batch, [record])
+            self.store.forget(host.partition, gone)
+        host.owner.proposed(gathered, first if entries else 0, self.now_ms)
+        host.after()
+
+    def durable(self, batch: int) -> None:
+        for number in sorted(n for n in self.waiting if n <= batch):
+            host, upto = self.waiting.pop(number)
+            if not host.ended:
+                host.committed(upto, self.now_ms)
+
+
+def stamp(draft: Draft, seq: int) -> Entry:
+    if isinstance(draft, PutDraft):
+        return Put(seq, draft.meta, draft.body)
+    return (
+        Ack(seq, draft.targets) if isinstance(draft, AckDraft) else Set(seq, draft.key, draft.value)
+    )
+
+
+@pytest_asyncio.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    house = House()
+    await house.open(tmp_path)
+    yield house
+    house.crash()
+    for task in house.tasks:
+        task.cancel()
+    failures = await asyncio.gather(*house.tasks, return_exceptions=True)
+    await house.store.close()
+    assert not [f for f in failures if isinstance(f, Exception)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - polls what has no event
+            await asyncio.sleep(0.005)
+
+
+async def fill(house: House, queue: str, count: int, **fields: Any) -> list[str]:
+    messages = tuple(NewMessage(b"%d" % n, b'{"n":%d}' % n, **fields) for n in range(count))
+    answer = await house.ask(Produce(queue, messages, batch=True))
+    assert answer.status == 201, answer
+    ids: list[str] = msgspec.json.decode(answer.body)["ids"]
+    return ids
+
+
+async def consume(house: House, queue: str, most: int) -> list[dict[str, Any]]:
+    answer = await house.ask(Consume(queue, most, batch=True))
+    found: list[dict[str, Any]] = (
+        msgspec.json.decode(answer.body)["messages"] if answer.body else []
+    )
+    return found
+
+
+async def exhaust(house: House, queue: str, count: int) -> None:
+    """Deliver once, give back: with one delivery allowed, they are dead letters."""
+    await house.ask(Configure(queue, b'{"max_deliveries":1}'))
+    host = await house.host(queue)
+    for message in await consume(house, queue, count):
+        name = parse_id(message["id"])
+        assert name is not None
+        answer = await host.perform(Nack(name.partition, name.dot))
+        assert answer is not None
+        assert answer.status == 200
+
+
+def length(house: House, queue: str) -> int:
+    host = house.hosts.get(partition_of(queue))
+    return host.owner.delivery.length(queue) if host is not None else 0
+
+
+async def test_messages_without_memory_are_delivered_in_order_with_their_headers(
+    house: House,
+) -> None:
+    (await house.host("q")).owner.keep_bodies = house.keep = False
+    ids = await fill(house, "q", 700)
+    delivery = (await house.host("q")).owner.delivery
+    assert delivery.length("q") == 700
+    assert delivery.memory_bytes == 0
+    house.keep = True
+    ids += await fill(house, "q", 300)
+    for first in range(0, 1000, 90):
+        got = await consume(house, "q", 90)
+        assert [m["id"] for m in got] == ids[first : first + 90]
+        assert all(m["headers"] == {"n": m["body"]} for m in got)
+
+
+async def test_a_purge_ends_what_lies_only_on_disk_for_the_next_owner_too(house: House) -> None:
+    await house.host("q")
+    house.hosts[partition_of("q")].owner.keep_bodies = house.keep = False
+    await fill(house, "q", 300)
+    await fill(house, "q", 5, group_id="g")
+    answer = await house.ask(Purge("q"))
+    assert msgspec.json.decode(answer.body)["messages"] == 305
+    assert length(house, "q") == 0
+    house.crash()
+    assert (await house.host("q")).owner.delivery.length("q") == 0
+    assert house.store.figures()["stored_records"] == 0
+
+
+async def test_an_ack_of_what_is_being_purged_waits_for_the_purge(house: House) -> None:
+    host = await house.host("q")
+    host.owner.keep_bodies = house.keep = False
+    name = parse_id((await fill(house, "q", 3))[1])
+    assert name is not None
+    host.owner.purge(99, "q", delete=False)
+    assert host.owner.settle(98, Settle(name.partition, (name.dot,), (None,))) is None
+    house.flush(host)
+    await until(lambda: not host.owner.in_flight)
+    assert length(house, "q") == 0
+
+
+async def test_a_letter_stays_at_its_source_until_its_target_has_it(house: House) -> None:
+    refused = 0
+
+    def refuse_some(operation: Operation) -> Answer | None:
+        nonlocal refused
+        refused += isinstance(operation, Produce) and operation.queue == "s.dead"
+        return refusal(503, "not now") if 0 < refused <= 2 else None
+
+    house.refuse = refuse_some
+    ids = await fill(house, "s", 150)
+    await exhaust(house, "s", 150)
+    await until(lambda: refused == 2)
+    assert length(house, "s") == 150
+    await until(lambda: length(house, "s") == 0)
+    letters = await consume(house, "s.dead", 1000)
+    assert [m["source_id"] for m in letters] == ids
+    assert all((m["source"], m["reason"]) == ("s", "max_deliveries") for m in letters)
+    assert [m["body"] for m in letters] == list(range(150))
+    assert all(m["headers"] == {"n": m["body"]} for m in letters)
+
+
+async def test_a_move_cut_short_by_a_failover_is_taken_up_and_leaves_one_copy(
+    house: House,
+) -> None:
+    await fill(house, "s", 40)
+    stored = asyncio.Event()
+    begun = house.ask
+
+    async def cut(operation: Operation) -> Answer:
+        answer = await begun(operation)
+        if isinstance(operation, Produce) and operation.queue == "s.dead" and not stored.is_set():
+            stored.set()
+            house.crash()  # the letters are stored, their end is not
+        return answer
+
+    house.ask = cut  # type: ignore[method-assign]
+    await exhaust(house, "s", 40)
+    await stored.wait()
+    # The next owner does not wait for another delivery to fail.
+    host = await house.host("s")
+    await until(lambda: host.owner.delivery.length("s") == 0)
+    letters = await consume(house, "s.dead", 1000)
+    assert [m["body"] for m in letters] == list(range(40))
+
+
+async def test_a_clients_dedupe_id_does_not_swallow_a_letter(house: House) -> None:
+    (source_id,) = await fill(house, "s", 1)
+    decoy = NewMessage(b'"decoy"', dedupe_id=f"dead/{source_id}")
+    assert (await house.ask(Produce("s.dead", (decoy,)))).status == 201
+    await exhaust(house, "s", 1)
+    await until(lambda: length(house, "s") == 0)
+    assert [m["body"] for m in await consume(house, "s.dead", 9)] == ["decoy", 0]
+
+
+async def test_one_redrive_at_a_time_all_letters_and_nothing_else(house: House) -> None:
+    await fill(house, "s", 250)
+    await exhaust(house, "s", 250)
+    await until(lambda: length(house, "s") == 0)
+    await house.ask(Produce("s.dead", (NewMessage(b'"stays"'),)))
+    first, second = await asyncio.gather(
+        house.ask(Redrive("s.dead", "s")), house.ask(Redrive("s.dead", "s"))
+    )
+    assert second.status == 409
+    body = msgspec.json.decode(first.body)
+    assert (first.status, body["status"], body["messages"]) == (200, "redriven", 250)
+    assert sorted(m["body"] for m in await consume(house, "s", 1000)) == list(range(250))
+    assert [m["body"] for m in await consume(house, "s.dead", 9)] == ["stays"]
+    some = await house.ask(Redrive("s.dead", "s", 3))
+    assert msgspec.json.decode(some.body)["messages"] == 0
+
+
+async def test_a_redrive_cut_short_by_a_failover_is_finished_by_the_next_owner(
+    house: House,
+) -> None:
+    await fill(house, "s", 350)
+    await exhaust(house, "s", 350)
+    await until(lambda: length(house, "s") == 0)
+    begun, sent = house.ask, 0
+
+    async def cut(operation: Operation) -> Answer:
+        nonlocal sent
+        answer = await begun(operation)
+        if isinstance(operation, Produce) and operation.queue == "s":
+            sent += 1
+            if sent == 2:
+                house.crash()
+        return answer
+
+    house.ask = cut  # type: ignore[method-assign]
+    await house.ask(Redrive("s.dead", "s"))
+    host = await house.host("s.dead")
+    assert host.mover.redriving == {"s.dead"}
+    await until(lambda: not host.mover.redriving)
+    await house.host("s")
+    assert sorted(m["body"] for m in await consume(house, "s", 1000)) == list(range(350))
+    assert host.owner.delivery.length("s.dead") == 0
+
+
+@pytest.mark.parametrize(
+    ("trouble", "status"), [(Trouble.FULL, 507), (Trouble.FAILING, 503), (None, 429)]
+)
+async def test_without_room_messages_are_refused_and_acks_are_taken(
+    house: House, trouble: Trouble | None, status: int
+) -> None:
+    await fill(house, "q", 3)
+    house.store._log.trouble = trouble
+    house.full = trouble is None
+    answer = await house.ask(Produce("q", (NewMessage(b"1"),)))
+    assert answer.status == status
+    assert answer.retry_after_s
+    got = await consume(house, "q", 9)
+    assert len(got) == 3
+    host = await house.host("q")
+    for message in got:
+        name = parse_id(message["id"])
+        assert name is not None
+        acked = await host.perform(Settle(name.partition, (name.dot,), (None,)))
+        assert acked is not None
+    assert length(house, "q") == 0
+
+
+async def test_retention_ends_messages_that_lie_only_on_disk(house: House) -> None:
+    host = await house.host("q")
+    host.owner.keep_bodies = house.keep = False
+    await house.ask(Configure("q", b'{"retention_ms":5000}'))
+    await fill(house, "q", 600)
+    house.now_ms += 4_000
+    await fill(house, "q", 10)
+    house.now_ms += 1_500
+    while host.owner.due(house.now_ms):
+        host.owner.tick(house.now_ms)
+        host.after()
+    await until(lambda: length(house, "q") == 10)
+    assert len(await consume(house, "q", 100)) == 10
