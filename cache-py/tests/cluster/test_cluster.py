@@ -215,7 +215,7 @@ async def test_a_node_cut_off_one_way_answers_503_rather_than_an_old_value(
         await ok(await b.post("/write", {"key": key, "value": "old"}))
         await ok(await c.get(f"/read?key={key}"))
         # The home no longer reaches node 2, whose own messages still arrive.
-        cluster.blackhole(0, 2)
+        cluster.blackhole(0, 2, one_way=True)
         await ok(await b.post("/write", {"key": key, "value": "new"}))
         began = time.monotonic()
         reply = await c.get(f"/read?key={key}", timeout_s=8.0)

@@ -225,7 +225,7 @@ async def test_a_deadline_is_a_404_everywhere_and_survives_a_restart(
     nodes: list[HttpClient], running: Cluster
 ) -> None:
     await answer(nodes[0].post("/write", {"key": "brief", "value": 1, "ttl_ms": 300}))
-    await answer(nodes[0].post("/write", {"key": "long", "value": 1, "ttl_ms": 6_000}))
+    await answer(nodes[0].post("/write", {"key": "long", "value": 1, "ttl_ms": 3_000}))
     await answer(nodes[1].get("/read?key=long"))
 
     async def is_gone(key: str) -> bool:

@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mesi_cache import (
     NotAnInteger,
     VersionMismatch,
 )
+from mesi_cache.core.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -163,7 +165,10 @@ async def test_what_was_set_is_there_after_a_new_start(tmp_path: Path) -> None:
         assert await node.get("k") == "kept"
 
 
-async def test_a_home_that_is_away_is_said_and_nothing_old_is_shown(tmp_path: Path) -> None:
+async def test_a_home_that_is_away_is_said_and_nothing_old_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesi_cache.node.Settings", partial(Settings, call_ms=500))
     async with nodes(2, tmp_path, lease_ms=300) as (a, b):
         key = key_at([a, b], 1)
         await a.set(key, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 
 from mesi_cache import CacheNode
+from mesi_cache.core.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -151,7 +153,10 @@ async def test_a_function_that_takes_longer_than_a_claim_keeps_it(
     assert await asyncio.gather(*calls) == ["first"] * 2
 
 
-async def test_while_the_home_is_away_the_function_is_called_for_each(tmp_path: Path) -> None:
+async def test_while_the_home_is_away_the_function_is_called_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesi_cache.node.Settings", partial(Settings, call_ms=500))
     async with nodes(2, tmp_path, lease_ms=300) as (a, b):
         source = Source()
         text = key_at([a, b], 1, prefix="away:").removeprefix("away:")
