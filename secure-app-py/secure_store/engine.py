@@ -100,6 +100,7 @@ class Engine:
         self.writer: Writer | None = None
         self.links: Links | None = None
         self._events: deque[Event] = deque()
+        self._arriving: list[int] = []
         self._stepping = False
         self.waiting = Waiting()
         self._undecided: deque[tuple[Record, tuple[Change, ...]]] = deque()
@@ -131,8 +132,14 @@ class Engine:
         """Decide one write. Raises plan's errors: Rejected, OutcomeUnknown, OpFailed, KeyReused,
         Full."""
         request, future = self.waiting.write(write)
-        self.feed(Arrive(request, clock_ms()))
+        if not self._arriving:  # those of one turn of the loop are planned and appended together
+            self._loop.call_soon(self._arrive)
+        self._arriving.append(request)
         return await future
+
+    def _arrive(self) -> None:
+        arrived, self._arriving = tuple(self._arriving), []
+        self.feed(Arrive(arrived, clock_ms()))
 
     async def promote(self, *, force: bool) -> Promotion:
         request, future = self.waiting.promotion()

@@ -122,9 +122,12 @@ class Node:
         view = self._view
         digest = plain_hash(token)
         known = self._known.get(digest)
-        if known is not None and not self.engine.state.ambiguous():
-            if not known.expires_ms or wall_ms() < known.expires_ms:
-                return known
+        if (
+            known is not None
+            and not self.engine.state.ambiguous()
+            and not 0 < known.expires_ms <= wall_ms()
+        ):
+            return known
         static = self._static.get(digest)
         hashed = token_hash(view.token_key or b"", token)
         found = view.tokens.find(hashed, wall_ms())

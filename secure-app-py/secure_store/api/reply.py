@@ -35,7 +35,7 @@ class Reply(web.StreamResponse):
 
     def __init__(self, body: bytes, *, version: int = 0, more: bytes = b"") -> None:
         # Not the base class's: a dictionary of headers is what this does without.
-        self._body = body
+        self._text = body
         self._version = version
         self._more = more
         self._sent = False
@@ -68,7 +68,7 @@ class Reply(web.StreamResponse):
             _dated(),
             more,
             request[REQUEST_ID].encode(),
-            len(self._body),
+            len(self._text),
         )
         self._writer = request.writer
         return self._writer
@@ -76,4 +76,4 @@ class Reply(web.StreamResponse):
     async def write_eof(self, data: bytes = b"") -> None:
         if self._writer is not None and not self._sent:
             self._sent = True
-            await self._writer.write_eof(self._head + self._body)
+            await self._writer.write_eof(self._head + self._text)

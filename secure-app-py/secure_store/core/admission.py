@@ -16,11 +16,12 @@ from secure_store.core.pair import (
 )
 
 
-def arrive(state: PairState, fx: Effects, request: int, now_ms: int) -> None:
-    if len(state.held) + len(state.pending) + len(state.admitted) >= MAX_WAITING:
-        fx.reject.append(Rejected(request, "Too many writes are waiting"))
-        return
-    state.held.append((request, now_ms))
+def arrive(state: PairState, fx: Effects, requests: tuple[int, ...], now_ms: int) -> None:
+    for request in requests:
+        if len(state.held) + len(state.pending) + len(state.admitted) >= MAX_WAITING:
+            fx.reject.append(Rejected(request, "Too many writes are waiting"))
+        else:
+            state.held.append((request, now_ms))
     drain_held(state, fx, now_ms)
 
 

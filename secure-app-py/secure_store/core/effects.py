@@ -76,9 +76,9 @@ PersistOp = AppendLog | SaveState | StageRows | InstallSnapshot
 
 @dataclass(frozen=True, slots=True)
 class Arrive:
-    """A client's write wants in. It is planned only when admitted."""
+    """Clients' writes want in. They are planned only when admitted."""
 
-    request: int
+    requests: tuple[int, ...]
     now_ms: int
 
 

@@ -121,8 +121,8 @@ def step(state: PairState, event: Event) -> Effects:
     """Apply one event."""
     fx = Effects()
     match event:
-        case Arrive(request, now_ms):
-            _arrive(state, fx, request, now_ms)
+        case Arrive(requests, now_ms):
+            _arrive(state, fx, requests, now_ms)
         case Append(entries, now_ms):
             primary.append(state, fx, entries, now_ms)
         case Persisted(number, now_ms):
@@ -161,13 +161,13 @@ def _is_current(state: PairState, link: int) -> bool:
     return state.session is not None and state.session.link == link
 
 
-def _arrive(state: PairState, fx: Effects, request: int, now_ms: int) -> None:
+def _arrive(state: PairState, fx: Effects, requests: tuple[int, ...], now_ms: int) -> None:
     if state.wished.role is Role.REPLICA or (
         state.wished.role is Role.UNJOINED and not state.may_found
     ):
-        fx.reject.append(Rejected(request, "Not the primary", not_primary=True))
+        fx.reject += [Rejected(r, "Not the primary", not_primary=True) for r in requests]
         return
-    admission.arrive(state, fx, request, now_ms)
+    admission.arrive(state, fx, requests, now_ms)
 
 
 def _persisted(state: PairState, fx: Effects, number: int, now_ms: int) -> None:

@@ -4,7 +4,7 @@ A line is chained when its request is answered, so its number is known at once. 
 thread of its own: one that hangs or fails holds up none of the others, and a line counts as soon as
 *one* sink has it (vault #18943: one device that hung stopped everything). Three kinds of haste:
 
-* lines are gathered for 20 ms, written and fsynced together;
+* lines are gathered for 0.1 s, written and fsynced together;
 * a *record's* line (a write: its content is durable already, in the log of both nodes, see
   changes.Audited) is written at once, and fsynced with the others soon after;
 * an *urgent* line (a denial, a failure) is fsynced at once, with whatever waits.
@@ -39,7 +39,7 @@ from secure_store.storage.audit_files import (
 )
 from secure_store.storage.keyring import Keyring
 
-GATHER_S = 0.02
+GATHER_S = 0.1
 RETRY_S = 0.2
 WATCH_S = 0.1
 MAX_WAITING = 50_000

@@ -33,6 +33,7 @@ from secure_store.core.records import Record
 from secure_store.storage.database import Database
 
 LAZY_APPLY_S = 0.05
+APPLY_RECORDS = 256
 JOB_PAUSE_S = 0.02
 LOG_RECORDS = 20_000
 LOG_BYTES = 64 << 20
@@ -70,6 +71,7 @@ class Writer:
         self._work = _Work()
         self._urgent = False
         self._stopping = False
+        self._apply_since_s: float | None = None  # when the oldest record to apply was decided
         self._applied_seq = database.applied().seq
         self._tokens = database.load_tokens()
         self._log_first, self._log_count, self._log_bytes = database.log_size()
@@ -95,6 +97,8 @@ class Writer:
         """Queue decided records for the tables; no hurry."""
         with self._lock:
             self._work.apply.extend(records)
+            if self._apply_since_s is None:
+                self._apply_since_s = time.monotonic()
             self._lock.notify()
 
     def note_told(self, told: Told, installs: int) -> None:
@@ -145,8 +149,22 @@ class Writer:
                     break
             work, self._work = self._work, _Work()
             self._urgent = False
+            if work.persist and not self._stopping and not self._must_apply(work):
+                self._work.apply, work.apply = work.apply, []
+            else:
+                self._apply_since_s = None
             ended = self._stopping and not (work.persist or work.apply)
             return None if ended else work
+
+    def _must_apply(self, work: _Work) -> bool:
+        """Whether decided records go along with this commit. Soon enough they do; earlier they
+        would only make its transaction longer, and a client waits for that."""
+        if len(work.apply) >= APPLY_RECORDS or any(
+            isinstance(op, InstallSnapshot) for op in work.persist
+        ):
+            return True
+        since_s = self._apply_since_s
+        return since_s is not None and time.monotonic() - since_s >= LAZY_APPLY_S
 
     def _step(self, job: Callable[[Database], bool]) -> None:
         """One step of the background job."""

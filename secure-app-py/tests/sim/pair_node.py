@@ -344,7 +344,7 @@ class SimNode:
     def submit(self, payload: bytes, reply: Any) -> None:
         self.requests += 1
         self.waiting[self.requests] = (payload, reply)
-        self.feed(Arrive(self.requests, self.host.now_ms()))
+        self.feed(Arrive((self.requests,), self.host.now_ms()))
 
     def promote(self, force: bool, reply: Any) -> None:
         self.requests += 1

@@ -96,7 +96,7 @@ class Pair:
         self.settle()
 
     def write(self, request: int) -> None:
-        self.feed("A", Arrive(request, self.now_ms))
+        self.feed("A", Arrive((request,), self.now_ms))
 
     def later(self, by_ms: int) -> None:
         """Time passes, tick by tick, with pings heard."""
