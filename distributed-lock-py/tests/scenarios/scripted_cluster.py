@@ -77,10 +77,14 @@ class ScriptedCluster:
         self.isolated: set[int] = set()
         self.reads: dict[int, int | None] = {}
         self.nodes: dict[int, ScriptedNode] = {}
-        for node_id in settings.nodes:
+        for node_id in (*settings.nodes, *sorted(set(init) - set(settings.nodes))):
             state = init.get(node_id, InitialState())
             self.nodes[node_id] = ScriptedNode(node_id, self._initial_disk(state))
-            self._boot(node_id, self.members, commit=state.commit)
+            self._boot(node_id, self._bootstrap(node_id), commit=state.commit)
+
+    def _bootstrap(self, node_id: int) -> Configuration:
+        """What a node's flags name: the members, or nobody for one that is to be added."""
+        return self.members if node_id in self.settings.nodes else Configuration()
 
     def _initial_disk(self, state: InitialState) -> DiskImage:
         snapshot = Snapshot()
@@ -90,7 +94,9 @@ class ScriptedCluster:
             Entry(index, term, EntryKind.COMMAND, b"")
             for index, term in enumerate(state.log_terms, state.snapshot_index + 1)
         )
-        hard_state = HardState(state.term, state.vote)
+        # Nobody has an entry of a term that it has not reached.
+        term = max(state.term, state.snapshot_term, *state.log_terms, 0)
+        hard_state = HardState(term, state.vote if term == state.term else None)
         return DiskImage(Restored(hard_state=hard_state, snapshot=snapshot, entries=entries))
 
     def _boot(self, node_id: int, bootstrap: Configuration, commit: int = 0) -> None:
@@ -200,10 +206,20 @@ class ScriptedCluster:
         """What is in flight is lost. A follower sees its connection break, as it would with TCP."""
         for source, target in ((one, other), (other, one)):
             self.link(source, target).clear()
-            node = self.nodes.get(source)
-            if node is not None and node.running and node.core.leader_id == target:
-                node.core.peer_disconnected(target, node.clock)
-                self.settle(source)
+            self._notice(source, target)
+
+    def _notice(self, node_id: int, gone: int) -> None:
+        """A connection broke: a follower no longer protects its leader, a leader counts no longer
+        on its follower. (What it sent may have arrived all the same.)"""
+        node = self.nodes.get(node_id)
+        if node is None or not node.running or node_id == gone:
+            return
+        leading = node.core.state.leading
+        if leading is not None and gone in leading.peers:
+            leading.peers[gone].broken = True
+        elif node.core.leader_id == gone:
+            node.core.peer_disconnected(gone, node.clock)
+            self.settle(node_id)
 
     def cut(self, one: int, other: int) -> None:
         self.cuts.add(frozenset((one, other)))
@@ -231,17 +247,13 @@ class ScriptedCluster:
             if target == node_id:
                 self.links[source, target].clear()
         for other in sorted(self.nodes):
-            peer = self.nodes[other]
-            if peer.running and peer.core.leader_id == node_id and other != node_id:
-                peer.core.peer_disconnected(node_id, peer.clock)
-                self.settle(other)
+            self._notice(other, node_id)
 
     def restart(self, node_id: int) -> None:
         node = self.nodes[node_id]
         if node.running:
             return
-        bootstrap = self.members if node_id in self.settings.nodes else Configuration()
-        self._boot(node_id, bootstrap)
+        self._boot(node_id, self._bootstrap(node_id))
 
     def compact(self, node_id: int) -> None:
         """A snapshot at the applied index; the log up to it goes."""

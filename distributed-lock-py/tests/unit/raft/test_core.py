@@ -251,9 +251,39 @@ def test_a_paused_leader_does_not_blame_its_peers() -> None:
     core.tick(10_000)  # stopped for ten seconds
     assert core.role is Role.LEADER
     core.tick(10_299)
-    core.tick(10_310)
-    assert core.role is not Role.LEADER  # now they really were silent for a whole timeout
+    core.tick(10_598)
+    assert core.role is Role.LEADER
+    core.tick(10_610)
+    assert core.role is not Role.LEADER  # now they really were silent for two timeouts
     assert any(isinstance(note, SteppedDown) for note in core.drain().notes)
+
+
+def test_of_peers_whose_connections_broke_a_leader_expects_nothing() -> None:
+    core = leader()
+    core.peer_disconnected(2, 10)
+    core.tick(250)
+    core.tick(299)
+    core.tick(310)
+    assert core.role is Role.LEADER  # the third one may still be there
+    core = leader()
+    core.peer_disconnected(2, 10)
+    core.peer_disconnected(3, 10)
+    core.tick(250)
+    assert core.role is Role.LEADER
+    core.tick(310)
+    assert core.role is not Role.LEADER
+
+
+def test_a_transfer_finds_out_at_once_what_its_target_lacks() -> None:
+    core = leader()
+    settle(core)
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=1), 1)
+    core.propose([b"lost on the way"])
+    settle(core)
+    assert core.transfer(2, 2) is None
+    (probe,) = [m for m in core.drain().messages if m.to == 2]
+    assert isinstance(probe, AppendEntries)
+    assert (probe.prev_index, probe.entries) == (2, ())
 
 
 def test_an_idle_leader_wakes_only_for_heartbeats() -> None:

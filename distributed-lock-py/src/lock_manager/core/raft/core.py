@@ -34,7 +34,7 @@ from lock_manager.core.raft.messages import (
 )
 from lock_manager.core.raft.roles import Event
 from lock_manager.core.raft.settings import RaftConfig, Restored
-from lock_manager.core.raft.state import State
+from lock_manager.core.raft.state import Leading, State
 from lock_manager.core.raft.tracker import PeerProgress, PeerState
 
 
@@ -91,18 +91,27 @@ class RaftCore:
             if state.now_ms >= state.election_deadline:
                 election.campaign(state)
             return
-        if state.config.check_quorum:
-            connected_ms = quorum.agreed(
-                state.now_ms if voter == state.me else leading.peers[voter].heard_ms
-                for voter in state.members.voters
-            )
-            if state.now_ms - connected_ms >= state.config.election_timeout_ms:
-                roles.abdicate(state, Event.LOSE_QUORUM, "no majority answers")
-                return
+        if state.config.check_quorum and self._lost_its_majority(leading):
+            roles.abdicate(state, Event.LOSE_QUORUM, "no majority answers")
+            return
         if leading.transfer_target is not None and state.now_ms >= leading.transfer_deadline:
             transfer.end(state, leading)
         if state.now_ms >= leading.heartbeat_deadline:
             replication.heartbeat(state, leading)
+
+    def _lost_its_majority(self, leading: Leading) -> bool:
+        """CheckQuorum (thesis §6.2). A silent peer may follow for up to two timeouts before it asks
+        for votes, so a leader that gave up sooner would only cost a busy cluster its service; of
+        one whose connection broke nothing is to be expected."""
+        state = self.state
+        timeout = state.config.election_timeout_ms
+        since_ms = quorum.agreed(
+            state.now_ms
+            if voter == state.me
+            else leading.peers[voter].heard_ms + (0 if leading.peers[voter].broken else timeout)
+            for voter in state.members.voters
+        )
+        return state.now_ms - since_ms >= timeout
 
     def campaign(self, now_ms: int) -> None:
         """The election timer fires now. Does nothing on a leader or a node without a vote."""
@@ -147,6 +156,8 @@ class RaftCore:
         self._advance(now_ms)
         if state.leading is not None:
             progress = state.leading.peers.get(peer)
+            if progress is not None:
+                progress.broken = True
             if progress is not None and progress.state is PeerState.REPLICATE:
                 progress.probe(progress.match_index + 1)
                 progress.probe_sent = True  # the next heartbeat probes
@@ -157,7 +168,10 @@ class RaftCore:
         """Hands leadership to `target` if it catches up within an election timeout; meanwhile no
         proposal is taken. None: under way."""
         self._advance(now_ms)
-        return transfer.start(self.state, target)
+        refused = transfer.start(self.state, target)
+        if refused is None:
+            replication.ask_after(self.state, target)
+        return refused
 
     def add(self, member: Member) -> Accepted | Refused:
         self.has_effects = True

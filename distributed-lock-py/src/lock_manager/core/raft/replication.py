@@ -89,6 +89,16 @@ def heartbeat(state: State, leading: Leading) -> None:
             snapshots.send_chunk(state, leading, peer, progress)
 
 
+def ask_after(state: State, peer: int) -> None:
+    """Finds out at once what a peer lacks that is not known to have everything."""
+    leading = state.leading
+    if leading is None:
+        return
+    progress = leading.peers[peer]
+    if progress.match_index < state.log.last_index:
+        send_empty(state, leading, peer, progress)
+
+
 def send_entries(state: State, leading: Leading, peer: int, progress: Progress) -> None:
     """Entries from next_index on, while the window is open."""
     config, log = state.config, state.log
@@ -163,7 +173,7 @@ def on_append_reply(state: State, reply: AppendReply) -> None:
     if reply.match_index > state.log.last_index or reply.read_round > leading.read_round:
         state.notes.append(Suspicious(reply.sender, "acknowledged what was never sent to it"))
         return
-    progress.heard_ms = state.now_ms
+    progress.heard(state.now_ms)
     read_index.on_round(state, leading, progress, reply.read_round)
     if reply.success:
         if progress.matched(reply.match_index):

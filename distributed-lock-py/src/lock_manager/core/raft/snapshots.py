@@ -46,7 +46,7 @@ def on_snapshot_reply(state: State, reply: SnapshotReply) -> None:
     progress = leading.peers.get(reply.sender)
     if progress is None or reply.read_round > leading.read_round:
         return
-    progress.heard_ms = state.now_ms
+    progress.heard(state.now_ms)
     read_index.on_round(state, leading, progress, reply.read_round)
     snapshot = progress.snapshot
     if progress.state is not PeerState.SNAPSHOT or snapshot is None:

@@ -41,6 +41,7 @@ class Progress:
 
     __slots__ = (
         "acked_round",
+        "broken",
         "chunk_offset",
         "chunk_sent",
         "heard_ms",
@@ -61,6 +62,7 @@ class Progress:
         self.match_index = 0
         self.next_index = next_index
         self.heard_ms = now_ms  # a new leader gives everybody a whole timeout
+        self.broken = False  # its connection broke, and nothing was heard since
         self.probe_sent = False  # PROBE: a message with entries left and is not answered
         # The log's last index and the commit index when anything was last sent.
         self.probed_at = (0, 0)
@@ -72,6 +74,10 @@ class Progress:
         self.snapshot: Snapshot | None = None
         self.chunk_offset = 0
         self.chunk_sent = False
+
+    def heard(self, now_ms: int) -> None:
+        self.heard_ms = now_ms
+        self.broken = False
 
     def may_send(self, max_messages: int, max_bytes: int) -> bool:
         """Whether a message with entries may leave now."""
