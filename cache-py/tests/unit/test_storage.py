@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from mesi_cache import config
 from mesi_cache.config import Config, ConfigError
-from mesi_cache.core.records import Outcome, Record
+from mesi_cache.core.records import Incr, Once, Outcome, Record
 from mesi_cache.core.step import Logged
 from mesi_cache.storage.main_memory import MainMemory
 from mesi_cache.storage.store import Loaded
@@ -187,3 +188,24 @@ def test_a_store_of_another_member_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="belongs to"):
         MainMemory.open(stranger)
+
+
+async def test_a_named_change_is_remembered_whether_it_is_in_the_log_or_stored(
+    tmp_path: Path,
+) -> None:
+    settings = _config(tmp_path)
+    once, outcome = Once.of("mine", "k", Incr(1)), Outcome("done", 1, b"1")
+    until_ms = int(time.time() * 1000) + 60_000
+    line = Logged("k", Record(b"1", 1), "a", 7, 0, outcome, once, until_ms)
+    row = ("mine", once.print, until_ms, outcome)
+    first = Running(settings)
+    first.memory.append([line])
+    await first.crash()
+    second = Running(settings)  # from the log
+    assert second.memory.restored.retries == [row]
+    await second.memory.stop()
+    second.memory.close()
+    assert _log_bytes(tmp_path) == 0
+    third = Running(settings)  # from the store
+    assert third.memory.restored.retries == [row]
+    await third.crash()
