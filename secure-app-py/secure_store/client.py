@@ -26,6 +26,23 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 import msgspec
 
+from secure_store.outcomes import (
+    Answer,
+    Broken,
+    Change,
+    Entry,
+    NewToken,
+    Unavailable,
+    Untrusted,
+    Written,
+    refusal,
+)
+from secure_store.outcomes import Conflict as Conflict
+from secure_store.outcomes import Forbidden as Forbidden
+from secure_store.outcomes import NotFound as NotFound
+from secure_store.outcomes import Refused as Refused
+from secure_store.outcomes import SecureError as SecureError
+from secure_store.outcomes import Unauthenticated as Unauthenticated
 from secure_store.trust import NodeContext, Trust
 
 BACKOFF_S = (0.02, 0.5)
@@ -33,93 +50,8 @@ CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
 SILENCE_S = 40.0  # a watch that says nothing for so long, not even a keep-alive, is dead
 PAGE = 500
-
-
-class SecureError(Exception):
-    """Base of all errors of this client."""
-
-
-class Refused(SecureError):
-    """The request itself is refused; `status` and `body` of the answer."""
-
-    def __init__(self, status: int, body: dict[str, Any]) -> None:
-        super().__init__(f"{status}: {body.get('error', 'refused')}")
-        self.status = status
-        self.body = body
-
-
-class Unauthenticated(Refused):
-    """401: the token is unknown, expired, used up or revoked."""
-
-
-class Forbidden(Refused):
-    """403: the token's roles do not allow this."""
-
-
-class NotFound(Refused):
-    """404: there is no such key, version, token or role."""
-
-
-class Conflict(Refused):
-    """409: `expected_version` is not the current one (`current_version`), or a promotion is
-    refused."""
-
-    @property
-    def current_version(self) -> int | None:
-        return self.body.get("current_version")
-
-
-class Unavailable(SecureError):
-    """No answer in time. If not `definite`, a write may have happened, or still happen."""
-
-    def __init__(self, message: str, *, definite: bool) -> None:
-        super().__init__(message)
-        self.definite = definite
-
-
-class Untrusted(SecureError):
-    """A node could not prove that it is one of ours; nothing was sent to it."""
-
-
 Rows = list[dict[str, Any]]  # (SecureClient has a method of the name `list`)
 Versions = list[int]
-_REFUSALS = {401: Unauthenticated, 403: Forbidden, 404: NotFound, 409: Conflict}
-
-
-class Entry(msgspec.Struct, frozen=True):
-    """A value and its version."""
-
-    value: Any
-    version: int
-
-
-class Written(msgspec.Struct, frozen=True):
-    """A decided write. `degraded`: it is on one disk only, because the replica is away."""
-
-    version: int | None
-    degraded: bool
-
-
-class Change(msgspec.Struct, frozen=True):
-    """One event of a watch. `kind`: set, delete, undelete, destroy, or lost (some were missed:
-    read again what matters)."""
-
-    kind: str
-    key: str = ""
-    version: int = 0
-    value: Any = None
-    id: str = ""
-
-
-class NewToken(msgspec.Struct, frozen=True):
-    """A token that was made; this is the only time that it is shown."""
-
-    token: str
-    accessor: str
-    expires_ms: int | None = None
-
-    def __repr__(self) -> str:
-        return f"NewToken(accessor={self.accessor!r})"
 
 
 class SecureClient:
@@ -297,10 +229,10 @@ class SecureClient:
         """One request to one node, tried once: `/status`, `/admin/promote`, `/admin/rotate` …"""
         try:
             answer = await self._send(_checked(url), method, path, {}, body, "", timeout_s)
-        except _Broken as e:
+        except Broken as e:
             raise Unavailable(f"{url}: {e}", definite=e.definite) from None
         if answer.status >= 400:
-            raise _refusal(answer)
+            raise refusal(answer)
         return answer.body
 
     # --- asking until somebody answers --------------------------------------------------------
@@ -309,12 +241,12 @@ class SecureClient:
         answer = await self._change("POST", path, body)
         return Written(answer.version, answer.degraded)
 
-    async def _read(self, path: str, query: Mapping[str, Any]) -> _Answer:
+    async def _read(self, path: str, query: Mapping[str, Any]) -> Answer:
         return await self._persist("GET", path, query, None, "", repeatable=True)
 
     async def _change(
         self, method: str, path: str, body: Any, *, repeatable: bool = True
-    ) -> _Answer:
+    ) -> Answer:
         return await self._persist(
             method, path, {}, body, secrets.token_hex(16), repeatable=repeatable
         )
@@ -328,7 +260,7 @@ class SecureClient:
         idempotency_key: str,
         *,
         repeatable: bool,
-    ) -> _Answer:
+    ) -> Answer:
         """Send until the outcome is known, for `persist_s` at most."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._persist_s
@@ -356,8 +288,8 @@ class SecureClient:
                         self._primary = url
                     return answer
                 else:
-                    raise _refusal(answer)
-            except _Broken as e:
+                    raise refusal(answer)
+            except Broken as e:
                 why = f"{url}: {e}"
                 definite = definite and (is_read or e.definite)
                 url = self._other(url)
@@ -370,7 +302,7 @@ class SecureClient:
                 raise Unavailable(f"gave up after {self._persist_s:g} s: {why}", definite=definite)
             await asyncio.sleep(pause_s)
 
-    def _follow(self, answer: _Answer, url: str) -> str:
+    def _follow(self, answer: Answer, url: str) -> str:
         """Where a node that is not the primary sends us (verified like any other), or the next."""
         told = answer.body.get("primary")
         if isinstance(told, str):
@@ -397,8 +329,8 @@ class SecureClient:
         body: Any,
         idempotency_key: str,
         timeout_s: float,
-    ) -> _Answer:
-        """One try at one node; raises _Broken (no answer), Untrusted."""
+    ) -> Answer:
+        """One try at one node; raises Broken (no answer), Untrusted."""
         headers = {"Authorization": self._authorization}
         if idempotency_key:
             headers["Idempotency-Key"] = idempotency_key
@@ -411,17 +343,17 @@ class SecureClient:
                     allow_redirects=False, ssl=self.context(url),
                 ) as response,
             ):  # fmt: skip
-                return _Answer(response, await response.read())
+                return Answer(response, await response.read())
         except aiohttp.ClientConnectorCertificateError as e:
             raise Untrusted(f"{url}: {e.certificate_error}") from None
         except aiohttp.ClientConnectorError as e:
-            raise _Broken(str(e.os_error), definite=True) from None
+            raise Broken(str(e.os_error), definite=True) from None
         except aiohttp.ConnectionTimeoutError:
-            raise _Broken("no connection in time", definite=True) from None
+            raise Broken("no connection in time", definite=True) from None
         except TimeoutError:
-            raise _Broken("no answer in time", definite=False) from None
+            raise Broken("no answer in time", definite=False) from None
         except (aiohttp.ClientError, OSError) as e:
-            raise _Broken(str(e) or type(e).__name__, definite=False) from None
+            raise Broken(str(e) or type(e).__name__, definite=False) from None
 
     @property
     def _opened(self) -> aiohttp.ClientSession:
@@ -449,9 +381,9 @@ class SecureClient:
                 if response.status == 200:
                     return response
                 async with response:
-                    answer = _Answer(response, await response.read())
+                    answer = Answer(response, await response.read())
                 if answer.status not in (421, 429, 503):
-                    raise _refusal(answer)
+                    raise refusal(answer)
                 wait_s = answer.retry_after_s
                 why = str(answer.body.get("error", answer.status))
             except aiohttp.ClientConnectorCertificateError as e:
@@ -465,35 +397,6 @@ class SecureClient:
                 break
             await asyncio.sleep(pause_s)
         raise Unavailable(f"gave up after {self._persist_s:g} s: {why}", definite=True)
-
-
-class _Broken(Exception):
-    """A try without an answer. `definite`: the request was not even sent."""
-
-    def __init__(self, message: str, *, definite: bool) -> None:
-        super().__init__(message)
-        self.definite = definite
-
-
-class _Answer:
-    """What a node said."""
-
-    def __init__(self, response: aiohttp.ClientResponse, raw: bytes) -> None:
-        self.status = response.status
-        self.degraded = response.headers.get("X-Replication") == "degraded"
-        retry = response.headers.get("Retry-After", "")
-        self.retry_after_s = float(retry) if retry.isascii() and retry.isdigit() else 0.0
-        etag = response.headers.get("ETag", "").strip('"')
-        self.version = int(etag) if etag.isascii() and etag.isdigit() else None
-        try:
-            decoded = msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            decoded = None
-        self.body: dict[str, Any] = decoded if isinstance(decoded, dict) else {}
-
-
-def _refusal(answer: _Answer) -> Refused:
-    return _REFUSALS.get(answer.status, Refused)(answer.status, answer.body)
 
 
 async def _changes(response: aiohttp.ClientResponse) -> AsyncIterator[Change]:

@@ -91,7 +91,8 @@ class Connection:
     def __init__(self, path: Path, keyring: Keyring, *, writable: bool = False) -> None:
         self.path = path
         self.keyring = keyring
-        self._mark_key = keyring.derive(b"rows")
+        # Keyed once: a copy of it costs less than keying anew.
+        self._marking = hashlib.blake2b(key=keyring.derive(b"rows"), digest_size=MARK_BYTES)
         self._marks = 0
         self._rows = 0
         self._log_end = ORIGIN
@@ -110,6 +111,7 @@ class Connection:
                     raise ConfigError(f"{path} is of schema {found}, this is {SCHEMA_VERSION}")
                 self.db.executescript(_SCHEMA)
                 self.db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                self._grow_wal()
             else:
                 self.db.execute("PRAGMA query_only = ON")
         except sqlite3.Error as e:
@@ -117,6 +119,17 @@ class Connection:
 
     def close(self) -> None:
         self.db.close()
+
+    def _grow_wal(self) -> None:
+        """Give the write-ahead log the length between two checkpoints at once: a commit that
+        overwrites need not wait for the file system to note a new length. (A transaction too large
+        for the cache goes into the log, and is rolled back.)"""
+        (pages,) = self.db.execute("PRAGMA cache_size").fetchone()
+        self.db.execute("PRAGMA cache_size = 8")
+        self.db.execute("BEGIN IMMEDIATE")
+        self.db.execute("INSERT INTO staged (sealed) VALUES (zeroblob(?))", (WAL_BYTES,))
+        self.db.execute("ROLLBACK")
+        self.db.execute(f"PRAGMA cache_size = {pages}")
 
     # --- transactions -------------------------------------------------------------------------
 
@@ -158,9 +171,8 @@ class Connection:
 
     def mark(self, name: bytes, sealed: bytes) -> int:
         """What a row adds to the tally."""
-        digest = hashlib.blake2b(
-            sealed[:HEAD_BYTES] + name, key=self._mark_key, digest_size=MARK_BYTES
-        )
+        digest = self._marking.copy()
+        digest.update(sealed[:HEAD_BYTES] + name)
         return int.from_bytes(digest.digest(), "big")
 
     def came(self, name: bytes, sealed: bytes) -> None:
