@@ -208,6 +208,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         )
     if not 100 <= args.lease_ms <= 600_000:
         raise ConfigError("--lease_ms: expected 100 to 600000")
+    if args.write_policy == "back_unsafe" and args.fsync == "always":
+        raise ConfigError("--fsync: always has no log to sync under --write_policy=back_unsafe")
     _check_store(args.store)
     return Config(
         node_id=node_id,

@@ -207,7 +207,7 @@ class CacheNode:
                 counts = self._counts
                 counts.reads += 1
                 counts.hits += 1
-                if not counts.hits & HIT_SAMPLE:
+                if counts.hits & HIT_SAMPLE == 1:
                     self._running().timed_hit(now_ms)
                 return self._decode(line.record.value)  # type: ignore[arg-type]  # a slot holds a value
         found = await self.read(key)

@@ -115,7 +115,7 @@ class Node:
         record = line.record
         if record.value is None:
             return None  # cannot be: a slot never holds an absent value
-        if not self.machine.counts.hits & HIT_SAMPLE:
+        if self.machine.counts.hits & HIT_SAMPLE == 1:
             self.timed_hit(began)
         return Found(record.value, record.version, LETTER[line.state], True, record.expires_ms)
 
@@ -365,7 +365,8 @@ class Node:
                 self._link().send(target, message)
         self._answer(step.answers)
         for note in step.notes:
-            self._narrator.tell(note)
+            if not note.key.startswith(RESERVED):
+                self._narrator.tell(note)
             if note.key in self._watchers:
                 for watcher in self._watchers.pop(note.key):
                     if not watcher.done():

@@ -293,9 +293,11 @@ class MainMemory:
         for task in (*self._tasks, *self._loads):
             task.cancel()
         await asyncio.gather(*self._tasks, *self._loads, return_exceptions=True)
-        if self._pending:
-            await self._checkpoint()
-        await self._store.stop()
+        try:
+            if self._pending:
+                await self._checkpoint()
+        finally:
+            await self._store.stop()
 
     def close(self) -> None:
         """Wait for running work (it is short) and close the files."""

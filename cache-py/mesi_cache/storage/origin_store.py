@@ -24,6 +24,8 @@ from mesi_cache.storage.store import RESERVED, Loaded, Restored, Saving, StoreUn
 
 log = logging.getLogger(__name__)
 
+PUT_CHUNK = 500
+
 
 class OriginStore:
     """Main memory at `origin`, with `file` beside it."""
@@ -77,9 +79,10 @@ class OriginStore:
         changing = {key for key, _ in theirs}
         overdue = await loop.run_in_executor(self._writer, self._file.known_overdue, saving.wall_ms)
         forgotten = [key for key in overdue if key not in changing]
-        answers = await self._origin.put(
-            [*((key, r.value) for key, r in theirs), *((key, None) for key in forgotten)]
-        )
+        values = [*((key, r.value) for key, r in theirs), *((key, None) for key in forgotten)]
+        answers: list[Refused | StoreUnavailable | None] = []
+        for start in range(0, len(values), PUT_CHUNK):  # each has its own deadline
+            answers += await self._origin.put(values[start : start + PUT_CHUNK])
         known: list[tuple[str, Known]] = []
         for (key, record), answer in zip(theirs, answers, strict=False):
             if isinstance(answer, StoreUnavailable):

@@ -172,9 +172,17 @@ class SqliteFile:
             self._tidy(saving.wall_ms, tidy_all=False)
 
     def learn(self, known: Sequence[tuple[str, Known]]) -> None:
-        """Values that were found elsewhere. Durable before their versions are told."""
+        """Values that were found elsewhere. Durable before their versions are told. (What a save
+        has put here since is newer, and stays.)"""
+        rows = [(key, k.version, k.digest, k.expires_ms) for key, k in known]
         with self._transaction():
-            self._know(known)
+            self._writer.executemany(
+                "INSERT INTO known VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE "
+                "SET version = excluded.version, digest = excluded.digest, "
+                "expires_ms = excluded.expires_ms WHERE excluded.version > version",
+                rows,
+            )
+        self._known += len(rows)
 
     def _save_rows(self, saving: Saving) -> None:
         outcome = msgspec.msgpack.Encoder().encode

@@ -57,6 +57,8 @@ def test_races_partitions_pauses_and_kills_never_show_an_old_value() -> None:
         "fault_pause",
         "fault_one_way",
         "hits",
+        "line M ask_home",  # an owner leaves a named change to the home
+        "asked_again",  # … and it is asked for under the same name, of another node
         "net_reordered",
         "net_duplicated",
         "net_dropped",

@@ -51,6 +51,7 @@ def test_its_own_url_among_the_peers_is_ignored() -> None:
         (["--store=disk"], "--store"),
         (["--write_policy=never"], "--write_policy"),
         (["--policy=fifo"], "--policy"),
+        (["--write_policy=back_unsafe", "--fsync=always"], "--fsync"),
         (["--fsync=never"], "--fsync"),
         (["--addr=0.0.0.0:8000"], "beyond loopback"),
         (["--dial=http://a:1=http://b:1"], "--dial"),

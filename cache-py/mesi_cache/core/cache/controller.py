@@ -24,7 +24,7 @@ from mesi_cache.core.messages import (
     Renew,
     RenewAck,
 )
-from mesi_cache.core.records import Cas, Incr, Once, Operation, Write, evaluate
+from mesi_cache.core.records import Cas, Claim, Incr, Once, Operation, Write, evaluate
 from mesi_cache.core.step import Found, Step, Unavailable
 
 
@@ -52,7 +52,7 @@ class Cache(Requester):
         if operation is not None:
             operation_id = self._next_operation
             self._next_operation += 1
-            self._counts.writes += 1
+            self._counts.writes += not isinstance(operation, Claim)
         else:
             self._counts.reads += 1
         now_ms = step.now_ms
