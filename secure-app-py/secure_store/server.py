@@ -52,6 +52,7 @@ from secure_store.storage.static_access import load_policies, load_tokens
 from secure_store.storage.view import View
 from secure_store.storage.writer import Writer
 from secure_store.transport.link import PEER_PATH, Links
+from secure_store.transport.listener import listen
 from secure_store.transport.tls import Tls, ensure_certificate
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def load(
             genesis=encode_changes((Genesis(secrets.token_bytes(32)),)),
             now_ms=clock_ms(),
         )
-    except (Damaged, sqlite3.Error) as e:
+    except (Damaged, sqlite3.Error, UnicodeDecodeError) as e:  # (SQLite quotes damaged names)
         raise ConfigError(f"{config.data_dir}: {e}") from None
     return state, fx, recovered
 
@@ -210,13 +211,11 @@ async def serve(
         announce(config, node, audit, made_cert=made_cert, lost_lines=lost)
         engine.start(writer, links, recovered, fx)
         node.begin()
-        listener = await asyncio.get_running_loop().create_server(
-            connection.factory(runner), sock=listening, ssl=tls.server, backlog=1024
-        )
+        stop_listening = await listen(listening, connection.factory(runner), tls.server)
         log.info("listening on https://%s", config.addr)
         await stop.wait()
         log.info("stopping")
-        listener.close()
+        stop_listening()
         async with asyncio.timeout(STOP_WITHIN_S):
             await node.hand_over()
             await runner.cleanup()  # open requests get their answers, and their audit lines

@@ -26,6 +26,7 @@ from secure_store.core.records import ORIGIN, Position
 from secure_store.storage.keyring import ID_BYTES, NONCE_BYTES, Keyring
 
 SCHEMA_VERSION = 2
+WAL_BYTES = 4 << 20  # SQLite makes a checkpoint every 1000 pages
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, sealed BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS log (seq INTEGER PRIMARY KEY, sealed BLOB NOT NULL);

@@ -132,7 +132,7 @@ class Writer:
                     self._on_durable(number, self._applied_seq)
                 if self._job is not None and time.monotonic() >= self._job_at_s:
                     self._step(self._job)
-        except (sqlite3.Error, Damaged, OSError, msgspec.MsgspecError) as e:
+        except (sqlite3.Error, Damaged, OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
             self._on_failed(f"the database cannot be written: {e}")
 
     def _take(self) -> _Work | None:

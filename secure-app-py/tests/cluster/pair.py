@@ -49,9 +49,11 @@ class Pair(Cluster):
         return await self.link(index) in links
 
 
-def pair(root: Path, *flags: str, proxied: bool = False) -> Pair:
+def pair(
+    root: Path, *flags: str, proxied: bool = False, certificates: tuple[str, str] | None = None
+) -> Pair:
     """nodeA (primary) and nodeB (replica); `proxied`: A reaches B through a proxy that can be
-    cut. Ready when in step."""
+    cut; `certificates`: each node's own (NAME.crt, NAME.key). Ready when in step."""
 
     def argv(view: NodeView) -> list[str]:
         name = f"node{'AB'[view.index]}"
@@ -59,6 +61,9 @@ def pair(root: Path, *flags: str, proxied: bool = False) -> Pair:
         if view.index == 0:
             replica = view.dial(1, "http") if proxied else view.real(1)
             line.append(f"--replica=https://{replica}")
+        if certificates is not None:
+            own = certificates[view.index]
+            line += [f"--cert={own}.crt", f"--key={own}.key"]
         return [*line, *flags]
 
     return Pair(
