@@ -19,6 +19,7 @@ from mesi_cache import (
     CacheNode,
     CacheUnavailable,
     ConfigError,
+    KeyReused,
     NotAnInteger,
     VersionMismatch,
 )
@@ -80,6 +81,23 @@ async def test_the_whole_api(tmp_path: Path) -> None:
         assert many == {f"m{n}": n for n in range(50)}
         await a.set("none", None)
         assert await b.get("none", "instead") is None
+
+
+async def test_a_change_with_a_name_counts_once_whichever_node_is_asked_again(
+    tmp_path: Path,
+) -> None:
+    async with nodes(2, tmp_path) as (a, b):
+        assert [await each.incr("n", 5, once="one") for each in (a, b, a)] == [5, 5, 5]
+        assert [await each.set("k", "x", once="two") for each in (b, a)] == [1, 1]
+        assert [await each.cas("k", 1, "y", once="three") for each in (a, b)] == [2, 2]
+        assert [await each.delete("k", once="four") for each in (a, b)] == [True, True]
+        for node in (a, b):
+            with pytest.raises(KeyReused):
+                await node.incr("n", 6, once="one")
+        with pytest.raises(ValueError, match="once"):
+            await a.incr("n", once="")
+        assert await a.get("n") == 5
+        assert [key for key in a._lines if key.startswith("\x00")] == []  # a claim holds no slot
 
 
 async def test_a_deadline_is_kept_on_every_node(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from mesi_cache.core.cache import requester
+from mesi_cache.core.cache.slots import Policy
 from mesi_cache.core.cache.table import TABLE as LINE_TABLE
 from mesi_cache.core.directory import controller as directory_controller
 from mesi_cache.core.directory.table import TABLE as ENTRY_TABLE
@@ -90,7 +91,14 @@ class SimNode:
         self.harness.recovered(self.host.name, self._memory)
         wait_ms = LEASE_MS if epoch > 1 else 0
         self.machine = Machine(
-            Settings(self.host.name, self.harness.capacity, LEASE_MS, resend_ms=40, call_ms=2_000),
+            Settings(
+                self.host.name,
+                self.harness.capacity,
+                LEASE_MS,
+                resend_ms=40,
+                call_ms=2_000,
+                policy=self.harness.policy,
+            ),
             list(NODES),
             epoch,
             applied=applied,
@@ -209,6 +217,7 @@ class CacheHarness(Harness[SimNode]):
     def __init__(self, world: World[SimNode]) -> None:
         super().__init__(world)
         self.capacity = 1 + world.seed % 2
+        self.policy: Policy = "s3fifo" if world.seed % 5 == 0 else "lru"
         self.ledger = Ledger()
         self.lines = RecordingTable("line", LINE_TABLE)
         self.entries = RecordingTable("entry", ENTRY_TABLE)
