@@ -332,6 +332,8 @@ class SecureClient:
     ) -> Answer:
         """One try at one node; raises Broken (no answer), Untrusted."""
         headers = {"Authorization": self._authorization}
+        if method == "GET" and self._read_from == "primary":
+            headers["X-Read-From"] = "primary"  # a replica answers 421, and says where it is
         if idempotency_key:
             headers["Idempotency-Key"] = idempotency_key
         data = msgspec.json.encode(body) if body is not None else None

@@ -100,8 +100,8 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     p = _Parser(
         prog="main.py",
-        description="One node of the secure key-value store. Operator commands: "
-        "main.py cert|key|doctor|audit --help",
+        description="One node of the secure key-value store. Operator's commands: "
+        "main.py cert|key|token|policy|audit|backup|restore|promote|doctor --help",
         allow_abbrev=False,
     )
     p.add_argument("--id", required=True, help="name of this node, unique in the pair")

@@ -108,6 +108,12 @@ def require_primary(service: Service) -> None:
         raise not_primary(service)
 
 
+def check_read_from(request: web.Request, service: Service) -> None:
+    """Raise ApiError 421 on a replica if the client wants no answer that may be behind."""
+    if not service.is_primary_here() and request.headers.get("X-Read-From") == "primary":
+        raise not_primary(service)
+
+
 def not_primary(service: Service) -> ApiError:
     return ApiError(421, "Not the primary", primary=service.primary_url())
 

@@ -80,6 +80,7 @@ async def get(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     if not service.allows(request[PRINCIPAL], "read", key):
         raise access.forbidden()
+    access.check_read_from(request, service)
     if service.is_unsettled():
         await service.settled(key)
     found = service.read(key, wanted)
@@ -198,6 +199,7 @@ async def list_keys(request: web.Request) -> web.Response:
     after = request.app[SERVICE].cursor_key(query.after)
     if after is None:
         after = checked_prefix(query.after, "after")
+    access.check_read_from(request, request.app[SERVICE])
     await request.app[SERVICE].settled(prefix, prefix=True)
     listing = request.app[SERVICE].list_keys(request[PRINCIPAL], prefix, after, query.limit)
     return json_response(listing, headers=_reading(request))
@@ -207,6 +209,7 @@ async def history(request: web.Request) -> web.Response:
     query = read_query(request, KeyQuery)
     key = request[AUDITED_KEY] = checked_key(query.key)
     access.require(request, "read", key)
+    access.check_read_from(request, request.app[SERVICE])
     await request.app[SERVICE].settled(key)
     versions = request.app[SERVICE].history(key)
     if versions is None:

@@ -293,6 +293,16 @@ async def test_the_clients_words_are_the_services(tmp_path: Path) -> None:
             with pytest.raises(Unauthenticated):
                 await reader.get("a/b")
         assert (await store.ask(cluster.url(1), "GET", "/status"))["role"] == "replica"
+        trust = Trust(cert=[tmp_path / "server.crt"])
+        for read_from, at in (("primary", 0), ("any", 1)):
+            async with SecureClient(
+                [cluster.url(1), cluster.url(0)], TOKEN, trust=trust, read_from=read_from
+            ) as reader:
+                assert (await reader.get("a/b")).value == [1]
+                with pytest.raises(NotFound):
+                    await reader.get("none")
+                assert [key async for key in reader.list("a/")] == ["a/b"]
+                assert reader.primary == cluster.url(at)
         cluster.kill(0)
         cluster.kill(1)
         async with client_of(cluster, tmp_path, persist_s=0.5) as nobody:
