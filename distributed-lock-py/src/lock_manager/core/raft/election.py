@@ -97,6 +97,7 @@ def on_request_vote(state: State, request: RequestVote) -> None:
                 sender=state.me, to=request.sender, term=request.term, granted=True, pre_vote=True
             )
         )
+        _make_way(state, request)
         return
     free = request.term == state.term and state.voted_for in (None, request.sender)
     if not (free and up_to_date):
@@ -108,6 +109,20 @@ def on_request_vote(state: State, request: RequestVote) -> None:
     state.send_when_durable(
         VoteReply(sender=state.me, to=request.sender, term=state.term, granted=True)
     )
+
+
+def _make_way(state: State, request: RequestVote) -> None:
+    """After a leader's death all followers ask at nearly the same moment, and pre-votes bind nobody:
+    two that grant each other one stand both, and split the real vote. So whoever has the higher id
+    leaves this round to the other one, and gives it the time of an election. Only once between its
+    own attempts: the other may be one that is heard and hears nothing."""
+    following = state.following
+    if state.config.reset_campaign_ms is None or request.sender > state.me or following.made_way:
+        return
+    if state.role in (Role.FOLLOWER, Role.PRE_CANDIDATE):
+        following.made_way = True
+        state.votes = {}
+        state.reset_election_timer()
 
 
 def _deny(state: State, request: RequestVote) -> None:

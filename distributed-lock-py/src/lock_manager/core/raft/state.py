@@ -74,7 +74,7 @@ class Incoming:
 class Following:
     """What a node that does not lead knows of its term's leader, made anew with each leader."""
 
-    __slots__ = ("ack_due", "heard_ms", "incoming", "matched_index", "round_echoed")
+    __slots__ = ("ack_due", "heard_ms", "incoming", "made_way", "matched_index", "round_echoed")
 
     def __init__(self, matched_index: int) -> None:
         self.heard_ms: int | None = None  # None: not in this term, or its connection broke since
@@ -83,6 +83,7 @@ class Following:
         self.ack_due = False  # entries were taken and wait for the disk to be acknowledged
         self.round_echoed = 0
         self.incoming: Incoming | None = None
+        self.made_way = False  # for another one's candidacy
 
 
 class State:
