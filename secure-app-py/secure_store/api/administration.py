@@ -40,6 +40,7 @@ from secure_store.core.policy import (
     PolicyError,
     check_role_name,
     check_rules,
+    decide,
     deciding,
 )
 from secure_store.core.tokens import Principal
@@ -172,6 +173,12 @@ async def put_policy(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, _policy)
     _checked(partial(check_rules, body.rules), "rules")
     access.require(request, "admin", "policies")
+    service, principal = request.app[SERVICE], request[PRINCIPAL]
+    if role in principal.roles:
+        policies = {**service.policies(), role: body.rules}
+        pooled = [rule for each in principal.roles for rule in policies.get(each, ())]
+        if not decide(pooled, "admin", "policies"):
+            raise ApiError(409, "This would lock you out of the policies")
     answer = _encode({"status": "ok", "role": role})
     return await write(request, (AddOp(PutPolicy(role, body.rules)),), lambda _: answer)
 

@@ -50,7 +50,11 @@ class Pair(Cluster):
 
 
 def pair(
-    root: Path, *flags: str, proxied: bool = False, certificates: tuple[str, str] | None = None
+    root: Path,
+    *flags: str,
+    proxied: bool = False,
+    certificates: tuple[str, str] | None = None,
+    headers: dict[str, str] = ADMIN,
 ) -> Pair:
     """nodeA (primary) and nodeB (replica); `proxied`: A reaches B through a proxy that can be
     cut; `certificates`: each node's own (NAME.crt, NAME.key). Ready when in step."""
@@ -68,7 +72,7 @@ def pair(
 
     return Pair(
         argv, 2, root=root, cwd=root, channels=("http",), proxied=("http",) if proxied else (),
-        scheme="https", headers=ADMIN, env={"CLUSTER_SECRET": ""},
+        scheme="https", headers=headers, env={"CLUSTER_SECRET": ""},
     )  # fmt: skip
 
 

@@ -256,6 +256,11 @@ async def test_policies_are_listed_and_tried_without_doing_anything(cluster, adm
                  "Trial/check?verb=read&key=a"):  # fmt: skip
         assert (await kit.get(admin, f"/policies/{path}")).status == 400
     assert (await kit.get(admin, "/policies/nobody/check?verb=read&key=a")).status == 404
+    for rules in ([], [{"pattern": "*", "verbs": ["read"]}]):
+        locked = await call(admin, "PUT", "/policies/admin", {"rules": rules})
+        assert (locked.status, locked.json["error"]) == (
+            409, "This would lock you out of the policies",
+        )  # fmt: skip
     async with cluster.client(0, headers=kit.USER) as user:
         for path in ("/policies", "/policies/trial/check?verb=read&key=a"):
             assert (await kit.get(user, path)).status == 403

@@ -159,6 +159,51 @@ async def _write_on(store: SecureClient) -> None:
         await store.set("busy", n)
 
 
+async def test_the_doctor_goes_through_the_production_checklist(tmp_path: Path) -> None:
+    first = await run(tmp_path, "token", "bootstrap", "tokens.json", "--name", "ops")
+    for words in (["cert"], ["cert", "--cert", "b.crt", "--key", "b.pem"]):
+        assert (await run(tmp_path, *words)).returncode == 0
+
+    def failing(done: subprocess.CompletedProcess[str]) -> set[str]:
+        found = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAIL")}
+        assert done.returncode == bool(found), done.stdout
+        return found
+
+    async with kit.pair(tmp_path) as careless:
+        async with careless.client(0) as admin:
+            await admin.post("/tokens", {"roles": ["user"]})
+        asked = ["doctor", "--production", "--id", "nodeA", "--url", careless.url(0)]
+        assert failing(await run(tmp_path, *asked)) == {
+            "master-key", "certificate", "tokens", "audit", "backups", "service",
+        }  # fmt: skip
+        careless.kill(1)
+        await careless.terminate_all()
+        replica = await run(tmp_path, "doctor", "--only", "replication", "--id", "nodeB")
+        assert failing(replica) == set(), replica.stdout
+    shutil.rmtree(tmp_path / "data")
+    token = first.stdout.strip()
+
+    careful = kit.pair(
+        tmp_path, "--tokens_file=tokens.json", headers={"Authorization": f"Bearer {token}"}
+    )
+    async with careful:
+        done = await run(tmp_path, "backup", "--id", "nodeA", "--out", "backups.1")
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "backups.1").rename(tmp_path / "kept" / "one")
+        asked = ["doctor", "--production", "--id", "nodeA", "--url", careful.url(0), "--backups",
+                 "kept", "--peer_cert", "b.crt", "--tokens_file", "tokens.json"]  # fmt: skip
+        done = await run(tmp_path, *asked, token=token)
+        assert failing(done) == {"master-key", "audit"}, done.stdout
+        shutil.move(tmp_path / "data" / "nodeA" / "master.key", tmp_path / "moved.key")
+        done = await run(tmp_path, *asked, "--master_key_file", "moved.key", token=token)
+        assert failing(done) == {"audit"}, "one disk only, here"
+        (tmp_path / "server.key").chmod(0o644)
+        (tmp_path / "data" / "nodeA" / "quarantine-epoch1-seq1.db").touch()
+        done = await run(tmp_path, *asked, "--master_key_file", "moved.key", token=token)
+        assert failing(done) == {"audit", "certificate", "data"}
+
+
 async def test_a_backup_is_restored_as_a_cluster_of_its_own(tmp_path: Path) -> None:
     async with kit.pair(tmp_path) as cluster:
         async with client_of(cluster, tmp_path) as store:
