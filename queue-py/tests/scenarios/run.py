@@ -21,20 +21,28 @@ import msgspec  # noqa: E402 - the path comes first
 
 from message_queue.core.invariants import Ledger, check_node, check_owners, check_state  # noqa: E402
 from message_queue.core.messages import (  # noqa: E402
+    RING_PARTITION,
     AppendRecord,
     ClockRecord,
     Copy,
     CopyRecord,
     Frame,
     LogRecord,
+    Membership,
     PeerMessage,
     Put,
     WithdrawRecord,
     frame_decoder,
+    owner_of,
 )
+from message_queue.core.placement.membership import founding  # noqa: E402
+from message_queue.core.replication.config import NEVER_MS  # noqa: E402
 from message_queue.core.replication.contract import (  # noqa: E402
     Accepted,
     AckDraft,
+    Changed,
+    Join,
+    Leave,
     PutDraft,
     ReplicationConfig,
 )
@@ -43,6 +51,7 @@ from message_queue.core.replication.replicator import Replicator  # noqa: E402
 from message_queue.core.replication.state import PartitionState  # noqa: E402
 
 P = 0
+COPIES = 3
 QUIET_ROUNDS = 200
 STEP_MS = 25
 
@@ -60,6 +69,7 @@ class Node:
         self.holding = False
         self.life = 0
         self.core: Replicator | None = None
+        self.ring: Membership | None = None
         self.bodies: dict[tuple[int, int], bytes] = {}
         self.batches: list[tuple[int, int]] = []  # (batch, length of the log with it)
 
@@ -69,7 +79,11 @@ class Cluster:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.n = int(config.get("nodes", 3))
-        self.genesis_ms = int(config.get("genesis_ms", 3_000))
+        self.founders = int(config.get("founders", self.n))
+        self.ring = bool(config.get("ring", self.founders < self.n))
+        self.copies = int(config.get("copies", COPIES))
+        self.rings: dict[int, Membership] = {}
+        self.genesis_ms = int(config.get("genesis_ms", NEVER_MS if self.ring else 3_000))
         self.now_ms = 1_000
         self.nodes = [Node() for _ in range(self.n)]
         self.links: dict[tuple[int, int], deque[Frame]] = {
@@ -81,7 +95,7 @@ class Cluster:
         self.pending: dict[str, tuple[int, int, int]] = {}  # what -> (node, epoch, seq)
         self.outcome: dict[str, str] = {}
         self.marks: dict[int, int] = {}
-        for i in range(self.n):
+        for i in range(self.founders):
             self.restart(i)
 
     # -- the machinery ---------------------------------------------------------------------------
@@ -92,6 +106,12 @@ class Cluster:
         for record in fx.persist:
             node.log.append(record)
             self._keep(node, record)
+            if (
+                isinstance(record, AppendRecord)
+                and record.partition == P
+                and owner_of(record.epoch) == i
+            ):
+                self.ledger.proposed(P, record.epoch, record.entries)
         if fx.batch:
             node.batches.append((fx.batch, len(node.log)))
         frames: dict[int, list[PeerMessage]] = {}
@@ -103,13 +123,20 @@ class Cluster:
                 encoded = msgspec.msgpack.encode(frame)
                 self.links[i, to].append(frame_decoder.decode(encoded))
         for done in fx.committed:
-            self._committed(i, done.epoch, done.upto)
+            if done.partition == P:
+                self._committed(i, done.epoch, done.upto)
         for lost in fx.lost:
+            if lost.partition != P:
+                continue
             for what, (owner, epoch, _) in list(self.pending.items()):
                 if owner == i and epoch == lost.epoch:
                     self.outcome[what] = "unknown"
                     del self.pending[what]
+        if fx.ring is not None:
+            self._adopted(i, fx.ring)
         for gained in fx.gained:
+            if gained.partition != P:
+                continue
             self.marks[gained.epoch] = 0
             if node.core.may_serve(P, self.now_ms):
                 self.ledger.gained(P, node.core.state(P))
@@ -124,13 +151,24 @@ class Cluster:
         if node.batches and not node.holding:
             self.sync(i)
 
+    def _adopted(self, i: int, ring: Membership) -> None:
+        """Node i knows that ring to be committed. A joiner starts when its admission is."""
+        known = self.rings.setdefault(ring.version, ring)
+        if known != ring:
+            raise ScenarioError(f"two rings of version {ring.version}")
+        self.nodes[i].ring = ring
+        new = ring.joining
+        if new is not None and new < self.n and not self.nodes[new].life:
+            self.nodes[new].ring = ring
+            self.restart(new)
+
     def _keep(self, node: Node, record: LogRecord) -> None:
         match record:
-            case AppendRecord(_, epoch, entries):
+            case AppendRecord(partition, epoch, entries) if partition == P:
                 for entry in entries:
                     if isinstance(entry, Put):
                         node.bodies[epoch, entry.seq] = entry.body
-            case CopyRecord(_, _, copies):
+            case CopyRecord(partition, _, copies) if partition == P:
                 for copy in copies:
                     node.bodies[copy.epoch, copy.seq] = copy.body
             case _:
@@ -140,7 +178,10 @@ class Cluster:
         first = self.marks[epoch] + 1
         self.marks[epoch] = upto
         durable = {k: [replay(n.log[: n.synced])] for k, n in enumerate(self.nodes)}
-        self.ledger.committed(P, epoch, first, upto, durable, (range(self.n),))
+        core = self.nodes[i].core
+        tenure = core.seats[P].tenure if core is not None else None
+        groups = tenure.quorum.groups if self.ring and tenure is not None else (range(self.n),)
+        self.ledger.committed(P, epoch, first, upto, durable, groups)
         for what, (owner, of, seq) in list(self.pending.items()):
             if owner == i and of == epoch and seq <= upto:
                 self.outcome[what] = "ok"
@@ -280,23 +321,52 @@ class Cluster:
             lost = tuple((e, s, s) for e, s in state.bodies().dots() if (e, s) not in node.bodies)
             node.log.append(WithdrawRecord(P, lost))
             node.synced = len(node.log)
-        state = replay(node.log)
+        states = {P: replay(node.log)}
+        if self.ring:
+            states[RING_PARTITION] = replay(node.log, RING_PARTITION)
         clock_ms = max((r.cluster_ms for r in node.log if isinstance(r, ClockRecord)), default=0)
         node.core = Replicator(
             ReplicationConfig(
                 node=i,
                 nodes=self.n,
                 incarnation=node.life,
-                preference=(tuple(range(self.n)),),
+                preference=() if self.ring else (tuple(range(self.n)),),
+                membership=(node.ring or self._founding()) if self.ring else None,
+                place=self._place,
                 fresh=not node.log,
                 seed=1000 + i,
                 wall_ms=10**12,
                 genesis_ms=self.genesis_ms,
             ),
-            {P: state},
+            states,
             clock_ms,
             self.now_ms,
         )
+
+    def _founding(self) -> Membership:
+        return founding(tuple(str(i) for i in range(self.founders)), 1, self.copies)
+
+    def _place(self, ring: Membership) -> dict[int, tuple[int, ...]]:
+        """The last members: so a fourth one takes the first one's place."""
+        members = tuple(position for position, _ in ring.members)
+        return {P: members[-self.copies :], RING_PARTITION: members}
+
+    def join(self, at: int, i: int) -> None:
+        """Asks node ``at`` to let node i in."""
+        self._change(at, Join(str(i)), f"join {i}")
+
+    def leave(self, at: int, i: int) -> None:
+        self._change(at, Leave(str(i)), f"leave {i}")
+
+    def _change(self, at: int, asked: Join | Leave, what: str) -> None:
+        core = self.nodes[at].core
+        self.outcome[what] = "refused"
+        if core is None:
+            return
+        answer = core.change_ring(asked, self.now_ms)
+        if isinstance(answer, Changed):
+            self.outcome[what] = "accepted"
+            self.run(at, answer.effects)
 
     def wipe(self, i: int) -> None:
         self.crash(i)
@@ -338,9 +408,6 @@ class Cluster:
         accepted = core.propose(P, drafts, self.now_ms)
         if not isinstance(accepted, Accepted):
             return None
-        record = accepted.effects.persist[0]
-        assert isinstance(record, AppendRecord)
-        self.ledger.proposed(P, accepted.epoch, record.entries)
         del self.outcome[what]
         self.pending[what] = (i, accepted.epoch, accepted.first + len(drafts) - 1)
         self.run(i, accepted.effects)
@@ -380,6 +447,10 @@ class Cluster:
                 value = {name: sorted(names) for name, names in value.items()}
             elif key == "standing":
                 found = {name: self._state(int(name)).standing.name.lower() for name in value}
+            elif key == "replicas":
+                found = {name: sorted(self._state(int(name)).replicas) for name in value}
+            elif key == "ring":
+                found = {name: self._ring(int(name)) for name in value}
             elif key == "in_flight":
                 found = {
                     pair: len(self.links[int(pair.split(">")[0]), int(pair.split(">")[1])])
@@ -390,6 +461,10 @@ class Cluster:
             if found != value:
                 raise ScenarioError(f"{key} is {found}, expected {value}")
 
+    def _ring(self, i: int) -> int:
+        core = self.nodes[i].core
+        return 0 if core is None else core.ring.version
+
     def _state(self, i: int) -> PartitionState:
         core = self.nodes[i].core
         return replay(self.nodes[i].log) if core is None else core.state(P)
@@ -399,11 +474,13 @@ class Cluster:
         return sorted(names.get(dot, str(dot)) for dot in self._state(i).held.dots())
 
 
-def replay(log: Iterable[LogRecord | None]) -> PartitionState:
+def replay(log: Iterable[LogRecord | None], partition: int = P) -> PartitionState:
     """A node's state from its log."""
-    state = PartitionState(P)
+    state = PartitionState(partition)
     for record in log:
-        if record is not None:
+        if record is not None and (
+            isinstance(record, ClockRecord) or record.partition == partition
+        ):
             state.apply(record)
     return state
 
@@ -412,6 +489,7 @@ STEPS = {
     *("sync", "hold_sync", "release_sync", "deliver", "deliver_one", "deliver_last", "duplicate"),
     *("drop", "wait", "sleep", "tick", "settle", "cut", "heal", "isolate", "heal_all", "crash"),
     *("restart", "wipe", "corrupt", "produce", "ack", "stop", "damage", "expect"),
+    *("join", "leave"),
 }
 
 

@@ -41,9 +41,8 @@ class MovingNode(SimNode):
 
     def start(self, disk: Disk) -> None:
         index = self.harness.world.names.index(self.host.name)
-        self.position = disk.get("position", index if index < FOUNDERS else NOBODY)
-        if disk.get("joined", False) and disk.get("position") is None:
-            self.position = NOBODY
+        founder = index if self.host.name not in self.harness.joiners else NOBODY
+        self.position = disk.get("position", founder)
         self.ring = disk.get("ring")
         super().start(disk)
 
@@ -53,7 +52,6 @@ class MovingNode(SimNode):
             return
         self.harness.seated(self.host.name, self.position)
         super().boot()
-        self.harness.disk_lost.discard(self.host.name)
 
     def on_timer(self, name: str) -> None:
         if name == "ask":
@@ -111,7 +109,8 @@ class Moving(Stopping):
         self.seats: dict[int, str] = dict(enumerate(world.names[:FOUNDERS]))
         super().__init__(world)
         self.rings: dict[int, Membership] = {}
-        self.disk_lost: set[str] = set()
+        self.joiners = set(world.names[FOUNDERS:])
+        """Machines whose command line says --join."""
         self.founding = Membership(
             1,
             FOUNDERS,
@@ -240,14 +239,12 @@ class Moving(Stopping):
         world.crash(name)
         await world.sleep_ms(400)
         world.wipe(name)
-        world.disks[name].put("joined", True)
-        world.disks[name].flush()
-        world.disks[name].crash()
+        self.joiners.add(name)
         world.start(name)
         return True
 
     async def admission(self, node: MovingNode) -> None:
-        """The joiner asks whether it is in the ring by now. Only the one who may change the ring is
+        """The joiner asks all whether it is in the ring by now. Only who may change the ring is
         believed: a node that has left knows rings in which this machine was somebody else."""
         name = node.host.name
         reply = self.world.promise(timeout_ms=100)
@@ -261,7 +258,8 @@ class Moving(Stopping):
                 if member.addr == name:
                     reply.resolve((position, ring))
 
-        self.world.tell(self.world.rng.choice(self.world.names), look)
+        for other in self.world.names:
+            self.world.tell(other, look)
         found = await reply
         if isinstance(found, tuple):
             self.world.tell(name, lambda up: up.admitted(*found) if up is node else None)
