@@ -117,7 +117,8 @@ class CacheNode:
             raise RuntimeError("this node has been started already")
         opened = await self._open()
         try:
-            member = await Member.start(opened, self._halt)
+            # In somebody else's log, each line's life is a detail.
+            member = await Member.start(opened, self._halt, transitions_at=logging.DEBUG)
         except BaseException:
             await asyncio.to_thread(opened.close)
             raise

@@ -89,9 +89,10 @@ class Narrator:
     At most TRANSITIONS_PER_S lines a second: logging must not be what a busy node does.
     """
 
-    def __init__(self, publish: Callable[..., None]) -> None:
+    def __init__(self, publish: Callable[..., None], level: int = logging.INFO) -> None:
         """`publish` feeds the event stream."""
         self._publish = publish
+        self._level = level
         self._log = logging.getLogger("mesi_cache.transitions")
         self._window_s = 0.0
         self._left = 0
@@ -106,15 +107,17 @@ class Narrator:
         self._publish("transition", word=word, key=note.key, before=note.before, after=note.after)
         if self._may_log():
             came = f" from={note.origin}" if note.origin else ""
-            self._log.info("%s key=%s %s->%s%s", word, note.key, note.before, note.after, came)
+            self._log.log(
+                self._level, "%s key=%s %s->%s%s", word, note.key, note.before, note.after, came
+            )
 
     def _may_log(self) -> bool:
-        if not self._log.isEnabledFor(logging.INFO):
+        if not self._log.isEnabledFor(self._level):
             return False
         now_s = time.monotonic()
         if now_s >= self._window_s + 1:
             if self._skipped:
-                self._log.info("… and %d more transitions", self._skipped)
+                self._log.log(self._level, "… and %d more transitions", self._skipped)
             self._window_s, self._left, self._skipped = now_s, TRANSITIONS_PER_S, 0
         if self._left <= 0:
             self._skipped += 1

@@ -81,14 +81,17 @@ class Member:
         self._listener: asyncio.Server | None = None
 
     @classmethod
-    async def start(cls, opened: Opened, halted: Callable[[], None]) -> Member:
+    async def start(
+        cls, opened: Opened, halted: Callable[[], None], *, transitions_at: int = logging.INFO
+    ) -> Member:
         """Serve on the running event loop. `halted` is called when a promise can no longer be kept:
-        the member must then be stopped and no longer used."""
+        the member must then be stopped and no longer used. `transitions_at`: the level of the log
+        lines about each line's state."""
         config, memory = opened.config, opened.memory
         metrics, events = Metrics(), EventHub()
         client_ssl = tls.client_context(config.tls) if config.tls else None
         server_ssl = tls.server_context(config.tls) if config.tls else None
-        node = Node(config, memory, metrics, events, halted)
+        node = Node(config, memory, metrics, events, halted, transitions_at=transitions_at)
         links: Links[Wire] = Links(
             Hello(config.url, config.node_id, cluster_fingerprint(config), memory.epoch),
             {url: config.dial.get(url, url) for url in config.peers},

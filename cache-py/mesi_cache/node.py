@@ -55,6 +55,8 @@ class Node:
         counters: Metrics,
         events: EventHub,
         halted: Callable[[], None],
+        *,
+        transitions_at: int = logging.INFO,
     ) -> None:
         self._config = config
         self._memory = memory
@@ -87,7 +89,7 @@ class Node:
         self.differ: dict[str, float] = {}  # member -> when its other member list was last seen
         self._watchers: dict[str, list[asyncio.Future[None]]] = {}
         self._stopping = False
-        self._narrator = Narrator(events.publish)
+        self._narrator = Narrator(events.publish, transitions_at)
         self._inside = Inside(
             config, self.machine, memory, counters, lambda url, m: self._link().send(url, m)
         )
