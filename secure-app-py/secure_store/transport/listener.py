@@ -97,13 +97,13 @@ class Listener:
             self._greeting.add(task)
             task.add_done_callback(self._greeting.discard)
             return
-        if first.isalpha():  # a method's name
-            try:
+        try:
+            if first:
                 connection.recv(65_536)  # unread bytes would turn the close into a reset
+            if first.isalpha():  # a method's name
                 connection.send(PLAIN_ANSWER)
-                connection.shutdown(socket.SHUT_WR)
-            except OSError as e:
-                log.debug("a client that spoke plain HTTP is gone: %s", e)
+        except OSError as e:
+            log.debug("a client that spoke no TLS is gone: %s", e)
         connection.close()
 
     def _forget(self, connection: socket.socket) -> None:
