@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
@@ -213,3 +214,53 @@ async def test_a_result_that_json_cannot_carry_is_said(pair: list[CacheNode]) ->
             await load("x")
     source.value = "fine"
     assert await load("x") == "fine"
+
+
+async def test_a_claim_whose_owner_died_is_taken_over_when_its_time_is_over(
+    pair: list[CacheNode],
+) -> None:
+    source = Source()
+    load = pair[0].memoize(prefix="dead")(source.load)
+    await pair[1].set(load.key("x"), {"pending": "of a process that is no more"}, ttl=0.5)
+    assert await load("x") == "first"
+    assert source.calls == 1
+
+
+async def test_who_asks_after_an_invalidation_never_gets_what_is_older(tmp_path: Path) -> None:
+    """Three nodes, a source that changes all the time, calls of all lengths."""
+    rng = random.Random(11)
+    async with nodes(3, tmp_path, capacity=2) as started:
+        newest, invalidated, calls, kept = dict.fromkeys("abc", 0), dict.fromkeys("abc", 0), 0, 0
+
+        async def compute(name: str) -> int:
+            nonlocal calls
+            calls += 1
+            value = newest[name]
+            await asyncio.sleep(rng.choice((0, 0, 0.001, 0.01)))
+            return value
+
+        on = [
+            node.memoize(prefix="stress", ttl=rng.choice((None, 0.05)))(compute) for node in started
+        ]
+
+        async def writer() -> None:
+            for _ in range(120):
+                name = rng.choice("abc")
+                newest[name] += 1
+                mine = newest[name]
+                await rng.choice(on).invalidate(name)
+                invalidated[name] = max(invalidated[name], mine)
+                await asyncio.sleep(rng.choice((0, 0.002, 0.02)))
+
+        async def reader() -> None:
+            nonlocal kept
+            while not writing.done():
+                name = rng.choice("abc")
+                before = invalidated[name]
+                assert await rng.choice(on)(name) >= before
+                kept += 1
+                await asyncio.sleep(rng.choice((0, 0.001)))
+
+        writing = asyncio.ensure_future(asyncio.gather(writer(), writer()))
+        await asyncio.gather(writing, *(reader() for _ in range(12)))
+        assert kept > calls > 0  # it is a cache after all
