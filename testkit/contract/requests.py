@@ -183,7 +183,11 @@ async def a_foreign_origin_may_not_change_anything(target: Target) -> None:
         host = origin.removeprefix("http://")
         reply = await target.post(body, {"Origin": origin, "Host": host, "X-Forwarded-Host": host})
         _error(reply, 403)
-    own = await target.post(body, {"Origin": target.origin})
+    while True:
+        writer = target.writer
+        own = await target.post(body, {"Origin": target.origin})
+        if target.writer == writer:
+            break  # else it was asked elsewhere, where the former writer's origin is a foreign one
     assert 200 <= own.status < 300, own
 
 

@@ -58,3 +58,25 @@ def configure(node_id: str, log_format: str, log_level: str) -> None:
     logging.getLogger("aiohttp").setLevel(
         logging.ERROR
     )  # malformed requests are answered, not logged
+
+
+class Sparing:
+    """Says each thing once in a while, however often it happens: a peer that is refused comes back
+    five times a second, for as long as it lives."""
+
+    def __init__(self, every_s: float = 60.0, most: int = 64) -> None:
+        self._every_s = every_s
+        self._most = most  # things that are remembered
+        self._said: dict[str, tuple[float, int]] = {}  # when; how often it was kept back since
+
+    def again(self, what: str, now_s: float) -> str | None:
+        """The text to log now (with what was kept back), or None."""
+        said_s, kept_back = self._said.get(what, (-self._every_s, 0))
+        if now_s - said_s < self._every_s:
+            self._said[what] = (said_s, kept_back + 1)
+            return None
+        self._said.pop(what, None)
+        if len(self._said) >= self._most:
+            del self._said[next(iter(self._said))]
+        self._said[what] = (now_s, 0)
+        return f"{what} ({kept_back} more times since the last line)" if kept_back else what

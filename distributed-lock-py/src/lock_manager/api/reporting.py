@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from time import monotonic
 
 from lock_manager.api.directory import Directory
 from lock_manager.api.events import EventHub
@@ -27,6 +28,7 @@ from lock_manager.core.raft import (
     TransferEnded,
     WonElection,
 )
+from lock_manager.logs import Sparing
 from lock_manager.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Reporter:
         self._metrics = metrics
         self._events = events
         self._directory = directory
+        self._sparing = Sparing()
 
     def noted(self, note: Note) -> None:
         """Something happened in Raft."""
@@ -63,7 +66,9 @@ class Reporter:
                     "leadership was not handed over to %s in time", self._directory.name(target)
                 )
             case Suspicious(sender, what):
-                log.error("ignored a message from peer %d: it %s", sender, what)
+                text = f"ignored a message from peer {sender}: it {what}"
+                if (said := self._sparing.again(text, monotonic())) is not None:
+                    log.error("%s", said)
             case _:
                 pass
 

@@ -25,6 +25,7 @@ from aiohttp import web
 
 from lock_manager.core.peer_book import Hello
 from lock_manager.core.raft import Message
+from lock_manager.logs import Sparing
 from lock_manager.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Links:
         self._incoming: dict[int, web.WebSocketResponse] = {}
         self._closing: set[asyncio.Task[bool]] = set()
         self._stopped = False
+        self._sparing = Sparing()
 
     # ------------------------------------------------------------------------------------- sending
 
@@ -251,7 +253,7 @@ class Links:
                 await socket.send_bytes(self._encoder.encode(self._me))
         except (Refused, msgspec.MsgspecError, TypeError, TimeoutError, RecursionError) as error:
             self.counters.refused += 1
-            log.warning("refused a link from %s: %s", request.remote, error)
+            self._complain(f"refused a link from {request.remote}: {error}")
             await socket.close(
                 code=aiohttp.WSCloseCode.POLICY_VIOLATION, message=str(error).encode()[:120]
             )
@@ -286,7 +288,7 @@ class Links:
                 self._check_addresses(messages, position)
             except (msgspec.MsgspecError, RecursionError, Refused) as error:
                 self.counters.refused += 1
-                log.error("malformed frame from peer %d, link closed: %s", position, error)
+                self._complain(f"malformed frame from peer {position}, link closed: {error}")
                 await socket.close(
                     code=aiohttp.WSCloseCode.INVALID_TEXT, message=b"malformed frame"
                 )
@@ -300,6 +302,11 @@ class Links:
         for message in messages:
             if message.sender != position or message.to != me:
                 raise Refused(f"a message from {message.sender} to {message.to}")
+
+    def _complain(self, what: str) -> None:
+        text = self._sparing.again(what, asyncio.get_running_loop().time())
+        if text is not None:
+            log.warning("%s", text)
 
     def _judge(self, hello: Hello) -> None:
         why = self._admit(hello)

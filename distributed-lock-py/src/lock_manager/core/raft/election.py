@@ -112,10 +112,10 @@ def on_request_vote(state: State, request: RequestVote) -> None:
 
 
 def _make_way(state: State, request: RequestVote) -> None:
-    """After a leader's death all followers ask at nearly the same moment, and pre-votes bind nobody:
-    two that grant each other one stand both, and split the real vote. So whoever has the higher id
-    leaves this round to the other one, and gives it the time of an election. Only once between its
-    own attempts: the other may be one that is heard and hears nothing."""
+    """After a leader's death all followers ask at nearly the same moment, and pre-votes bind
+    nobody: two that grant each other one stand both, and split the real vote. So whoever has the
+    higher id leaves this round to the other one, and gives it the time of an election. Only once
+    between its own attempts: the other may be one that is heard and hears nothing."""
     following = state.following
     if state.config.reset_campaign_ms is None or request.sender > state.me or following.made_way:
         return
