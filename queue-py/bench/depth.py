@@ -161,8 +161,9 @@ async def drain(address: str, clients_count: int, batch: int, seconds: float) ->
 async def run(nodes: Nodes, count: int, body_bytes: int) -> None:
     for number in range(3):
         nodes.start(number)
+    nodes.owner("depth")
+    await asyncio.sleep(5)  # partitions go to their best owners
     owner = nodes.owner("depth")
-    await asyncio.sleep(0.5)
     print(f"empty:      {nodes.memory()}")
     rate = await fill(nodes.addresses[owner], count, body_bytes)
     print(f"filled:     {rate:,.0f}/s in batches of {BATCH}")

@@ -340,9 +340,9 @@ class Host:
         self.flying = owner.in_flight
         self.after()
 
-    def tick(self, loop_s: float, now_ms: int) -> bool:
-        """Let time pass: leases, delays, lifetimes, and answers that are overdue. False when
-        nothing is left that waits for a moment."""
+    def tick(self, loop_s: float, now_ms: int) -> float | None:
+        """Let time pass: leases, delays, lifetimes, and answers that are overdue. In how many
+        seconds something is due again; None when nothing waits for a moment."""
         while self._due and self._due[0][0] <= loop_s:
             _, token = self._due.popleft()
             asked = self._asked.pop(token, None)
@@ -356,7 +356,14 @@ class Host:
                 delivery.resume(now_ms)
             self.owner.tick(now_ms)
             self.after()
-        return bool(self._due) or delivery.paused or self.owner.timed
+        if delivery.paused:
+            return 0.0
+        next_ms = self.owner.next_due_ms()
+        own_s = (next_ms - now_ms) / 1000 if next_ms is not None else None
+        if not self._due:
+            return own_s
+        answer_s = self._due[0][0] - loop_s
+        return answer_s if own_s is None else min(answer_s, own_s)
 
     def end(self, clean: bool) -> None:
         """The ownership ended."""

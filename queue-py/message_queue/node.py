@@ -56,7 +56,10 @@ log = logging.getLogger(__name__)
 AnyMessage = PeerMessage | NodeMessage
 TICK_S = 0.01
 CORE_TICK_MS = 50
+IDLE_TICK_MS = 100
+"""While every partition has an owner; a hang or a death is noticed this much later."""
 WATCH_MS = 200
+CALM_WATCH_MS = 1_000
 GENESIS_MS = 3_000
 BATCHES_IN_FLIGHT = 1
 BATCH_BYTES = 4 << 20
@@ -101,6 +104,8 @@ class Node:
         self._serving = Serving(self.send, self.router.here, self.router.begin_here)
         self._keep_bodies = True
         self._memory_full = False
+        self._stirred = True
+        """Something was stored since the memory was looked at."""
         self.memory_used = 0
         """About what messages take in memory, in bytes (as of the last tick)."""
         self._leases_due: dict[int, int] = {}
@@ -191,6 +196,7 @@ class Node:
         """Do what a step asks, in the order that `Effects` prescribes."""
         self._serves.clear()
         if fx.batch:
+            self._stirred = True
             self.store.persist(fx.batch, fx.persist)
         if fx.send:
             self.links.send_all(fx.send)
@@ -411,30 +417,40 @@ class Node:
     async def _tick_loop(self) -> None:
         loop = asyncio.get_running_loop()
         core_due_ms = watch_due_ms = 0
+        core_ms = CORE_TICK_MS
         while True:
             now_ms = monotonic_ms()
             if now_ms >= core_due_ms:
-                core_due_ms = now_ms + CORE_TICK_MS
+                core_ms = IDLE_TICK_MS if self.router.every_partition_is_served else CORE_TICK_MS
+                core_due_ms = now_ms + core_ms
                 # First: a tick may hand a partition over, with the leases that were told last.
                 self._pass_leases_on(now_ms)
-                self._look_at_memory()
+                if self._stirred:
+                    self._stirred = False
+                    self._look_at_memory()
                 self.apply(self.replicator.tick(now_ms))
             loop_s = loop.time()
             if now_ms >= watch_due_ms:
-                watch_due_ms = now_ms + WATCH_MS
+                calm = self.router.every_partition_is_served
+                watch_due_ms = now_ms + (CALM_WATCH_MS if calm else WATCH_MS)
                 self.router.watch_owners(loop_s)
             cluster_ms = self.cluster_ms()
+            pause_s = core_ms / 1000
             for host in list(self._timed):
-                if host.ended or not host.tick(loop_s, cluster_ms):
+                due_s = None if host.ended else host.tick(loop_s, cluster_ms)
+                if due_s is None:
                     self._timed.discard(host)
+                else:
+                    pause_s = min(pause_s, due_s)
             self._serving.tick(loop_s)
             self.router.forwards.tick(loop_s)
-            if self._timed:
-                await asyncio.sleep(TICK_S)
-                continue
+            # Until something is due, or somebody says that time matters; at most 100 times a
+            # second, however often it is said.
             self._time_matters.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._time_matters.wait(), CORE_TICK_MS / 1000)
+            if pause_s > TICK_S:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._time_matters.wait(), pause_s)
+            await asyncio.sleep(max(0.0, loop_s + TICK_S - loop.time()))
 
     def _look_at_memory(self) -> None:
         """Bodies, and messages that merely wait, are in memory as far as there is room. What

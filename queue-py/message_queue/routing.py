@@ -414,6 +414,11 @@ class Router:
         """See `api.keys.Service`."""
         return await self.ask(ChangeRing(join, addr))
 
+    @property
+    def every_partition_is_served(self) -> bool:
+        """As of the last look."""
+        return not self._ownerless_since
+
     def watch_owners(self, now_s: float) -> None:
         """Note which partitions are without an owner, and since when. A planned hand-over leaves
         one alone for a moment: that is no reason to send clients away."""

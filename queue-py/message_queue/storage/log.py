@@ -48,6 +48,7 @@ T = TypeVar("T")
 
 RESERVE_BYTES = 8 * 1024 * 1024
 SYNC_INTERVAL_S = 0.1
+SPACE_CHECK_S = 0.5
 MAX_BATCH_BYTES = 8 * 1024 * 1024
 _RETRY_FIRST_S = 0.02
 _RETRY_MOST_S = 1.0
@@ -372,13 +373,18 @@ class SegmentLog(Generic[T]):
 
     async def _mind_loop(self) -> None:
         """Sync on the interval, watch the free space, and win the reserve back."""
-        ticks = 0
+        looked_s, written = 0.0, -1
         while True:
-            await asyncio.sleep(SYNC_INTERVAL_S)
             if self._fsync is Fsync.INTERVAL:
+                await asyncio.sleep(SYNC_INTERVAL_S)
                 await self._sync_now()
-            ticks += 1
-            if ticks % 5 == 0:
+            else:
+                await asyncio.sleep(SPACE_CHECK_S)
+            # What others write fills the disk as well, but nothing here depends on it meanwhile.
+            now_s, busy = asyncio.get_running_loop().time(), written != self.syncs
+            pause_s = SPACE_CHECK_S if busy or self.trouble is not None else 10 * SPACE_CHECK_S
+            if now_s - looked_s >= pause_s:
+                looked_s, written = now_s, self.syncs
                 await self._mind_space()
 
     async def _mind_space(self) -> None:

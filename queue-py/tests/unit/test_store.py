@@ -217,3 +217,47 @@ async def test_a_record_damaged_while_running_is_named(tmp_path: Path) -> None:
     assert damaged == [(EPOCH, 1)]
     assert [seq for _, seq, _, _ in found] == [2]
     await bench.store.close()
+
+
+async def test_a_segment_that_is_mostly_needed_stays_as_it_is(tmp_path: Path) -> None:
+    bench = await StoreBench(tmp_path).open()
+    bench.persist(seal(1))
+    for seq in range(1, 31):
+        bench.persist(puts(1, seq, 1))
+        await bench.settled()
+    bench.persist(ack(1, 31, 2))
+    bench.persist(puts(1, 32, 20))
+    await bench.settled()
+    needed = await bench.bodies(1)
+    first = segment_path(tmp_path, 1).read_bytes()
+    await bench.store.compact()
+    assert segment_path(tmp_path, 1).read_bytes() == first
+    assert await bench.bodies(1) == needed
+    await bench.store.close()
+
+
+async def test_the_disk_does_not_grow_while_all_but_one_message_a_segment_is_acked(
+    tmp_path: Path,
+) -> None:
+    """rabbitmq #13113. Sizes differ, so that counting messages instead of bytes would not do."""
+    bench = await StoreBench(tmp_path).open()
+    bench.persist(seal(1))
+    seq, kept, most = 1, 0, 0
+    for round_ in range(60):
+        bench.persist(puts(1, seq, 1, size=3000))
+        bench.persist(puts(1, seq + 1, 9, size=10))
+        # Now the large one stays for good, now a small one.
+        stays = seq if round_ % 20 == 0 else seq + 1 if round_ % 3 == 0 else None
+        gone = [s for s in range(seq, seq + 10) if s != stays]
+        bench.persist(ack(1, seq + 10, *gone))
+        kept += {seq: 3000, seq + 1: 10}.get(stays or 0, 0)
+        seq += 11
+        await bench.settled()
+        if bench.store.housekeeper._worth_it():
+            await bench.store.compact()
+        most = max(most, bench.store.figures()["log_bytes"])
+    assert bench.store.figures()["compactions"] > 3
+    assert kept > 9000
+    assert most < 2 * kept + 8 * 4096, f"{most} bytes of log for {kept}"
+    assert len(await bench.bodies(1)) == 22
+    await bench.store.close()

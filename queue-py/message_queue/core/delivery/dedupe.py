@@ -40,9 +40,9 @@ class DedupeWindow:
         """Marks were added out of order."""
         self._order = deque(sorted(self._order))
 
-    def due(self, now_ms: int) -> bool:
-        """Whether `expire` has something to do. O(1)."""
-        return bool(self._order) and self._order[0][0] <= now_ms
+    def next_ms(self) -> int | None:
+        """When `expire` next has something to do; None: never. O(1)."""
+        return self._order[0][0] if self._order else None
 
     def expire(self, now_ms: int) -> list[int]:
         """Forget ids whose window closed; the dots of their marks, to be acked."""

@@ -307,8 +307,13 @@ class PartitionOwner:
 
     def due(self, now_ms: int) -> bool:
         """Whether `tick` has something to do. O(1)."""
-        next_ms = self.delivery.next_due_ms()
-        return (next_ms is not None and next_ms <= now_ms) or self._window.due(now_ms)
+        next_ms = self.next_due_ms()
+        return next_ms is not None and next_ms <= now_ms
+
+    def next_due_ms(self) -> int | None:
+        """When `tick` next has something to do (or a little earlier); None: never. O(1)."""
+        moments = (self.delivery.next_due_ms(), self._window.next_ms())
+        return min((ms for ms in moments if ms is not None), default=None)
 
     @property
     def memory_bytes(self) -> int:

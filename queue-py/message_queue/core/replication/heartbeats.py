@@ -145,9 +145,9 @@ class Heartbeats:
     def _concerned(self, seat: Seat, epoch: int) -> bool:
         """This node is a replica, or is learning to be one. Others only take note."""
         state, me = seat.state, self._desk.me
-        return me in self._desk.quorum(state).nodes or (
+        return (
             state.standing is Standing.MEMBER and state.sealed == epoch
-        )
+        ) or me in self._desk.quorum(state).nodes
 
     def _not_a_founder(self) -> None:
         """A peer knows an earlier life of this node, whose disk is empty: it lost it."""

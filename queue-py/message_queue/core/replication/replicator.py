@@ -383,8 +383,7 @@ class Replicator(Replication):
 
     def _keep_clock(self) -> None:
         """Cluster time goes to the log once a second while anything depends on it."""
-        if self._clock.ms - self._clock_kept_ms >= CLOCK_RECORD_MS and any(
-            seat.state.held for seat in self.seats.values()
-        ):
+        if self._clock.ms - self._clock_kept_ms >= CLOCK_RECORD_MS:
             self._clock_kept_ms = self._clock.ms
-            self._desk.persist(ClockRecord(self._clock.ms))
+            if any(seat.state.held for seat in self.seats.values()):
+                self._desk.persist(ClockRecord(self._clock.ms))
