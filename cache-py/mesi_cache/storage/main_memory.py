@@ -331,7 +331,7 @@ def _open_store(config: Config, reader: ThreadPoolExecutor, writer: ThreadPoolEx
         return MemoryStore()
     path = config.data_dir / "memory.db"
     if config.store.startswith(("redis://", "rediss://")):
-        origin: Origin = RedisOrigin(config.store)
+        origin: Origin = RedisOrigin(config.store, config.max_body_bytes)
     elif config.store.startswith(("http://", "https://")):
         origin = HttpOrigin(config.store, config.max_body_bytes)
     else:

@@ -23,6 +23,9 @@ TIMEOUT_S = 2.0
 AT_ONCE = 64
 DEFAULT_PREFIX = "mesi_cache:"
 
+# Percent-encoded or not, servers take these for the folder above: it is not ours to touch.
+_DOTS = frozenset({".", ".."})
+
 T = TypeVar("T")
 
 
@@ -77,6 +80,8 @@ class HttpOrigin:
             return StoreUnavailable(f"{self._url}: {str(e) or type(e).__name__}")
 
     async def _get(self, key: str) -> bytes | None:
+        if key in _DOTS:
+            return None
         async with self._request("GET", key) as answer:
             if answer.status in (404, 410):
                 return None
@@ -90,6 +95,8 @@ class HttpOrigin:
         return as_json(body)
 
     async def _put(self, key: str, value: bytes | None) -> Refused | None:
+        if key in _DOTS:
+            return Refused("no path can end in this key")
         method = "DELETE" if value is None else "PUT"
         async with self._request(method, key, value) as answer:
             status = answer.status
@@ -102,25 +109,28 @@ class HttpOrigin:
     def _request(self, method: str, key: str, body: bytes | None = None) -> Any:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=AT_ONCE), auto_decompress=True,
+                connector=aiohttp.TCPConnector(limit=AT_ONCE), auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
             )  # fmt: skip
         # `encoded`: aiohttp would turn %2F and the like back into what they stand for.
         url = URL(f"{self._url}/{quote(key, safe='')}", encoded=True)
-        headers = {"Content-Type": "application/json"} if body is not None else {}
+        headers = {"Accept-Encoding": "identity"}  # a little that unpacks into a lot is no value
+        if body is not None:
+            headers["Content-Type"] = "application/json"
         return self._session.request(method, url, data=body, headers=headers, allow_redirects=False)
 
 
 class RedisOrigin:
     """Plain string values under `prefix` + key; `redis://host:port/db?prefix=…`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, max_bytes: int) -> None:
         """Raises ConfigError if redis-py is not installed or the URL is none."""
         try:
             self._redis = import_module("redis.asyncio")
             errors = import_module("redis.exceptions")
         except ImportError:
             raise ConfigError("--store: redis needs redis-py: pip install redis") from None
+        self._max_bytes = max_bytes
         self._errors: tuple[type[Exception], ...] = (errors.RedisError, OSError, TimeoutError)
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -142,7 +152,17 @@ class RedisOrigin:
                 values = await self._client.mget([self._prefix + key for key in keys])
         except self._errors as e:
             return [StoreUnavailable(f"{self._where}: {str(e) or type(e).__name__}")] * len(keys)
-        return [_or_unavailable(value) for value in values]
+        return [self._taken(value) for value in values]
+
+    def _taken(self, value: bytes | None) -> bytes | StoreUnavailable | None:
+        if value is None:
+            return None
+        if len(value) > self._max_bytes:
+            return StoreUnavailable(f"{self._where}: a value of more than {self._max_bytes} bytes")
+        try:
+            return as_json(value)
+        except StoreUnavailable as e:
+            return e
 
     async def put(
         self, values: Sequence[tuple[str, bytes | None]]
@@ -159,13 +179,6 @@ class RedisOrigin:
 
     async def stop(self) -> None:
         await self._client.aclose()
-
-
-def _or_unavailable(value: bytes | None) -> bytes | StoreUnavailable | None:
-    try:
-        return None if value is None else as_json(value)
-    except StoreUnavailable as e:
-        return e
 
 
 def as_json(body: bytes) -> bytes:

@@ -95,6 +95,9 @@ async def test_a_value_that_the_origin_cannot_give_fails_alone(
             with pytest.raises(CacheUnavailable):
                 await a.get(key)
         assert await a.get("good") == 1
+        assert await a.get("..") is None  # the folder above is not ours
+        assert await a.set("..", 7) == 1
+        assert await a.get("good") == 1
         assert a.metrics()["store_failures"]
 
 
