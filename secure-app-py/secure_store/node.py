@@ -284,7 +284,7 @@ class Node:
         """A new data key (and master key): what is sealed from now on is under it, what was sealed
         before comes under it in the background. Gives its number; raises RotationRefused."""
         if len(self._keyring.numbers) >= MAX_DATA_KEYS:
-            raise RotationRefused("earlier rotations are still under way")
+            raise RotationRefused(f"{MAX_DATA_KEYS} data keys are kept: main.py doctor says why")
         try:
             if master:
                 path = self._config.master_key_path

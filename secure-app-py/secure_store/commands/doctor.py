@@ -16,7 +16,14 @@ from typing import Any
 
 from secure_store.client import SecureClient, SecureError
 from secure_store.commands.remote import ask
-from secure_store.commands.terminal import TOKEN_VARIABLE, add_node, data_dir_of, node_files, say
+from secure_store.commands.terminal import (
+    TOKEN_VARIABLE,
+    add_node,
+    data_dir_of,
+    node_files,
+    say,
+    steady,
+)
 from secure_store.config import DEFAULT_CERT, DEFAULT_KEY, ConfigError
 from secure_store.core.audit import Code, verify
 from secure_store.core.changes import PutToken
@@ -115,6 +122,11 @@ def _checklist(patient: Patient) -> int:
 
 def _data(patient: Patient) -> list[str]:
     """Everything opens, nothing is missing."""
+    return steady(patient.data_dir, lambda: _open_all(patient), bool)
+
+
+def _open_all(patient: Patient) -> list[str]:
+    _, patient.keyring = node_files(patient.args)
     path = patient.data_dir / "store.db"
     database = Database(path, patient.keyring)
     problems: list[str] = []

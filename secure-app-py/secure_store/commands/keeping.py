@@ -13,10 +13,17 @@ from typing import Any
 
 from secure_store.client import SecureClient
 from secure_store.commands.remote import add_connection, ask, urls_of
-from secure_store.commands.terminal import add_node, data_dir_of, node_files, say, warn
+from secure_store.commands.terminal import (
+    add_node,
+    data_dir_of,
+    node_files,
+    say,
+    steady,
+    warn,
+)
 from secure_store.config import ConfigError, valid_name
 from secure_store.core.kv import Damaged
-from secure_store.storage.backup import BackupError, create, restore, verify
+from secure_store.storage.backup import BackupError, Manifest, create, restore, verify
 from secure_store.storage.data_dir import DataDir, stored_identity
 from secure_store.storage.database import Database
 from secure_store.storage.keyring import (
@@ -204,18 +211,28 @@ def _backup(args: argparse.Namespace) -> int:
     try:
         if args.verify is not None:
             return _verify_backup(args)
-        data_dir, keyring = node_files(args)
-        identity = stored_identity(data_dir)
-        made = create(
-            data_dir, keyring, Path(args.out), node=identity.node_id if identity else "",
-            made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        )  # fmt: skip
+        data_dir, _ = node_files(args)
+        made = steady(data_dir, lambda: _make_backup(args), lambda x: isinstance(x, BackupError))
+        if isinstance(made, BackupError):
+            raise made
     except (BackupError, OSError) as e:
         warn(f"main.py: failed: {e}")
         return 1
     say(f"wrote {args.out}: {made.keys} keys, cluster {made.cluster_id}, epoch {made.epoch}, "
         f"record {made.seq}, audit line {made.audit_seq}")  # fmt: skip
     return 0
+
+
+def _make_backup(args: argparse.Namespace) -> Manifest | BackupError:
+    data_dir, keyring = node_files(args)
+    identity = stored_identity(data_dir)
+    try:
+        return create(
+            data_dir, keyring, Path(args.out), node=identity.node_id if identity else "",
+            made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+    except BackupError as e:
+        return e
 
 
 def _verify_backup(args: argparse.Namespace) -> int:

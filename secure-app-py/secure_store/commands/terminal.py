@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from secure_store.config import ConfigError, valid_name
 from secure_store.storage.keyring import Keyring, open_keyring
 
+T = TypeVar("T")
 TOKEN_VARIABLE = "SECURE_STORE_TOKEN"  # noqa: S105 - the variable's name
 
 
@@ -48,6 +50,17 @@ def data_dir_of(args: argparse.Namespace) -> Path:
     if args.id is None:
         raise ConfigError("--id or --data_dir is needed")
     return Path("data") / valid_name(args.id, "--id")
+
+
+def steady(data_dir: Path, work: Callable[[], T], is_bad: Callable[[T], bool]) -> T:
+    """`work()`, once more if it went badly and the node has changed its keys meanwhile."""
+    path = data_dir / "keyring.json"
+    for _ in range(3):
+        before = path.read_bytes()
+        result = work()
+        if not is_bad(result) or path.read_bytes() == before:
+            break
+    return result
 
 
 def node_files(args: argparse.Namespace) -> tuple[Path, Keyring]:

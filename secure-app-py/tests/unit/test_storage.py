@@ -166,6 +166,7 @@ def test_a_snapshot_makes_the_same_state_under_another_key(tmp_path: Path) -> No
     copy.stage(rows[3:], first=False)
     copy.install(position, Durable(role=Role.REPLICA, cluster_id="c", epoch=1))
     copy.commit()
+    copy.check_rows()
     assert copy.keys_from("", 10) == database.keys_from("", 10)
     assert copy.value("a", 1) == VALUE
     assert copy.last() == database.last()
@@ -209,6 +210,7 @@ def test_a_row_that_is_missing_or_was_put_back_is_found_at_the_next_start(tmp_pa
     database.check_rows()
     before = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
     old_state = before.execute("SELECT sealed FROM keys WHERE key = 'a'").fetchone()[0]
+    before.close()
     more = records(
         PutValue("a", 3, b"3", 8, 0),
         Remember(b"s" * 32, b"r" * 32, 200, b"{}", 1, 50),
@@ -231,7 +233,11 @@ def test_a_row_that_is_missing_or_was_put_back_is_found_at_the_next_start(tmp_pa
     database.commit()
     database.check_rows()
     database.close()
-    whole = (tmp_path / "store.db").read_bytes()
+    whole = (tmp_path / "store.db").read_bytes()  # the last connection has emptied the WAL
+    assert not (tmp_path / "store.db-wal").exists()
+    sound = Database(tmp_path / "store.db", keyring)
+    sound.check_rows()
+    sound.close()
     damages = [
         "DELETE FROM keys WHERE key = 'b'",
         "DELETE FROM vals WHERE key = 'a' AND version = 1",
@@ -247,8 +253,10 @@ def test_a_row_that_is_missing_or_was_put_back_is_found_at_the_next_start(tmp_pa
         raw = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
         raw.execute(damage, {"old": old_state} if ":old" in damage else {})
         raw.close()
+        damaged = Database(tmp_path / "store.db", keyring)
         with pytest.raises(Damaged):
-            Database(tmp_path / "store.db", keyring).check_rows()
+            damaged.check_rows()
+        damaged.close()
 
 
 def test_the_tally_of_an_interrupted_transaction_is_forgotten(tmp_path: Path) -> None:
