@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from raft_node import RaftNode, small_limits
-from register_harness import DISK, LINKS, RAFT, through_the_wire
+from register_harness import EVERYTHING, scenario, through_the_wire
 
 from lock_manager.api.pending import Desk, Pending, Proposed
 from lock_manager.core.cluster_clock import ClusterClock
@@ -55,7 +55,7 @@ from lock_manager.core.raft import (
     WonElection,
 )
 from testkit.checkers import locks
-from testkit.sim import TIMED_OUT, Harness, Host, Scenario, World
+from testkit.sim import TIMED_OUT, Harness, Host, World
 
 BATCHES_UNDER_WAY = 2
 STAMP_EVERY_MS = 1_000
@@ -376,14 +376,11 @@ class LockHarness(Harness[LockNode]):
         assert len(images) == 1, "machines that applied the same log differ"
 
 
-LOCK = Scenario(
+LOCK = scenario(
     "lock",
-    nodes=("n1", "n2", "n3"),
-    harness=LockHarness,
+    LockHarness,
+    EVERYTHING,
     duration_ms=3_500,
     settle_ms=4_000,
-    faults=RAFT.faults,
-    links=LINKS,
-    disk=DISK,
     wire=through_the_wire,
 )

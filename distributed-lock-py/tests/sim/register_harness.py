@@ -196,42 +196,44 @@ class MembershipHarness(RegisterHarness):
     operator_every_ms = 150.0
 
 
-LINKS = (PERFECT, LinkSettings(), ROUGH)
-DISK = DiskSettings(atomic=True)
+def scenario(name: str, harness: type[Harness[Any]], faults: Faults, **more: Any) -> Scenario:
+    """On three nodes unless `more` says so; the links of all kinds, a disk of whole
+    transactions."""
+    return Scenario(
+        name,
+        harness=harness,
+        faults=faults,
+        links=(PERFECT, LinkSettings(), ROUGH),
+        disk=DiskSettings(atomic=True),
+        **{"nodes": ("n1", "n2", "n3"), **more},
+    )
 
-RAFT = Scenario(
-    "raft",
-    nodes=("n1", "n2", "n3"),
-    harness=RegisterHarness,
-    duration_ms=2_500,
-    settle_ms=3_000,
-    faults=Faults(
-        crash=4,
-        stop=1,
-        pause=2,
-        partition=2,
-        isolate=2,
-        one_way=2,
-        power_cut=1,
-        sync_failure=1,
-        drift_ppm=2_000,
-        every_ms=(30, 600),
-        down_ms=(20, 900),
-        pause_ms=(20, 900),
-        cut_ms=(20, 1_200),
-    ),
-    links=LINKS,
-    disk=DISK,
-    wire=through_the_wire,
+
+EVERYTHING = Faults(
+    crash=4,
+    stop=1,
+    pause=2,
+    partition=2,
+    isolate=2,
+    one_way=2,
+    power_cut=1,
+    sync_failure=1,
+    drift_ppm=2_000,
+    every_ms=(30, 600),
+    down_ms=(20, 900),
+    pause_ms=(20, 900),
+    cut_ms=(20, 1_200),
+)
+FIVE_NODES = ("n1", "n2", "n3", "n4", "n5")
+
+RAFT = scenario(
+    "raft", RegisterHarness, EVERYTHING, duration_ms=2_500, settle_ms=3_000, wire=through_the_wire
 )
 
-MEMBERSHIP = Scenario(
+MEMBERSHIP = scenario(
     "membership",
-    nodes=("n1", "n2", "n3", "n4", "n5"),
-    harness=MembershipHarness,
-    duration_ms=3_000,
-    settle_ms=3_500,
-    faults=Faults(
+    MembershipHarness,
+    Faults(
         crash=3,
         partition=2,
         isolate=1,
@@ -242,17 +244,16 @@ MEMBERSHIP = Scenario(
         cut_ms=(20, 900),
         max_down=1,
     ),
-    links=LINKS,
-    disk=DISK,
+    nodes=FIVE_NODES,
+    duration_ms=3_000,
+    settle_ms=3_500,
 )
 
-FIVE = Scenario(
+FIVE = scenario(
     "five",
-    nodes=("n1", "n2", "n3", "n4", "n5"),
-    harness=type("FiveHarness", (RegisterHarness,), {"voters": (1, 2, 3, 4, 5)}),
+    type("FiveHarness", (RegisterHarness,), {"voters": (1, 2, 3, 4, 5)}),
+    EVERYTHING,
+    nodes=FIVE_NODES,
     duration_ms=2_500,
     settle_ms=3_000,
-    faults=RAFT.faults,
-    links=LINKS,
-    disk=DISK,
 )

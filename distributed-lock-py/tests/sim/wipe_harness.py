@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 from raft_node import RaftNode, number, small_limits
-from register_harness import DISK, LINKS, RegisterHarness, RegisterMachine
+from register_harness import RegisterHarness, RegisterMachine, scenario
 
 from lock_manager.core.peer_book import PROTOCOL, Hello, PeerBook, PeerIdentity
 from lock_manager.core.raft import (
@@ -23,7 +23,7 @@ from lock_manager.core.raft import (
     Restored,
     Role,
 )
-from testkit.sim import Faults, Host, Scenario, World
+from testkit.sim import Faults, Host, World
 
 
 class Signed(msgspec.Struct, frozen=True):
@@ -180,13 +180,10 @@ class WipeHarness(RegisterHarness):
         super().finish()
 
 
-WIPE = Scenario(
+WIPE = scenario(
     "wipe",
-    nodes=("n1", "n2", "n3"),
-    harness=WipeHarness,
-    duration_ms=3_500,
-    settle_ms=5_000,
-    faults=Faults(
+    WipeHarness,
+    Faults(
         crash=3,
         partition=2,
         one_way=1,
@@ -195,7 +192,7 @@ WIPE = Scenario(
         cut_ms=(20, 600),
         max_down=1,
     ),
-    links=LINKS,
-    disk=DISK,
+    duration_ms=3_500,
+    settle_ms=5_000,
     wire=lambda signed: _decode(_encode(signed)),
 )

@@ -297,12 +297,10 @@ class LockMachine:
             {},
         )
         table.enqueue(waiter)
-        cycle = find_cycle(table, command.client_id)
-        while cycle and self._lagging and self._end_over(cycle):
-            cycle = find_cycle(table, command.client_id)
-        if cycle:
-            table.dequeue(waiter)
-            return Deadlock(cycle)
+        while cycle := find_cycle(table, command.client_id):
+            if not (self._lagging and self._end_over(cycle)):
+                table.dequeue(waiter)
+                return Deadlock(cycle)
         return self._issue_ticket(waiter, key, command.wait_ms)
 
     def _wait_too(
