@@ -78,7 +78,8 @@ async def client(cluster: Cluster, history: History, name: str, until: float) ->
 
 async def faults(cluster: Cluster, until: float) -> None:
     rng = random.Random(5)
-    kinds = ["kill primary", "kill replica", "power cut", "pause replica", "pause primary"]
+    kinds = ["kill primary", "kill replica", "power cut", "pause replica", "pause primary",
+             "cut link", "silent link"]  # fmt: skip
     rng.shuffle(kinds)
     while time.monotonic() < until:
         for kind in kinds:
@@ -93,9 +94,14 @@ async def faults(cluster: Cluster, until: float) -> None:
                     cluster.kill(1)
                 case "pause replica":
                     cluster.pause(1)
+                case "cut link":
+                    cluster.cut(0, 1)
+                case "silent link":
+                    cluster.blackhole(0, 1)
                 case _:
                     cluster.pause(0)
             await asyncio.sleep(rng.uniform(0.05, 0.4))
+            cluster.heal()
             for index in (0, 1):
                 if kind.startswith("pause"):
                     cluster.resume(index)
@@ -107,7 +113,7 @@ async def faults(cluster: Cluster, until: float) -> None:
 
 async def test_the_history_of_a_tormented_pair_is_linearizable(tmp_path: Path) -> None:
     history = History()
-    async with kit.pair(tmp_path) as cluster:
+    async with kit.pair(tmp_path, proxied=True) as cluster:
         until = time.monotonic() + SECONDS
         clients = [client(cluster, history, f"c{n}", until) for n in range(4)]
         await asyncio.gather(*clients, faults(cluster, until))

@@ -1,0 +1,208 @@
+"""At the edges: secrets that must stand nowhere, input that must do nothing, audit lines that must
+survive a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from testkit.cluster import HttpClient, Reply
+
+pytestmark = pytest.mark.cluster
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kit = sys.modules.get("pair") or _load("pair")
+
+ANYTHING = (None, True, -1, 1.5, "", "x", [], [1], {}, {"a": 1}, "\u0000", "..", "a/../b", 1 << 70)
+QUERIES = ("", "%00", "a%0d%0ab", "..", "x" * 300, "%ff", "-1", "1e9")
+EACH = 8 if os.environ.get("SOAK") else 3
+SKIPPED = {"/admin/promote", "/admin/rotate", "/events", "/watch"}  # they act, or go on for ever
+
+
+async def send(client: HttpClient, method: str, path: str, body: Any = None) -> Reply:
+    raw = None if body is None else json.dumps(body).encode()
+    reply = await client.request(method, path, body=raw, timeout_s=20)
+    assert isinstance(reply, Reply), (method, path, body, reply)
+    return reply
+
+
+async def last_seq(client: HttpClient) -> int:
+    return int((await kit.get(client, "/status")).json["last_seq"])
+
+
+async def test_canaries_in_values_and_tokens_stand_in_no_file_log_metric_or_error(
+    tmp_path: Path,
+) -> None:
+    value, guess = "canary-of-a-value-7f3a", "canary-of-a-token-91bc"
+    answers: list[bytes] = []
+    async with kit.pair(tmp_path, "--log_level=debug") as cluster, cluster.client(0) as admin:
+        await kit.set_value(admin, "k", value)
+        await kit.set_value(admin, "k", {"deep": [value]})
+        await send(admin, "POST", "/txn", {"ops": [{"op": "set", "key": "t", "value": value}]})
+        again = {"Idempotency-Key": "once"}
+        body = json.dumps({"key": "i", "value": value}).encode()
+        for _ in range(2):
+            await admin.request("POST", "/set", body=body, headers=again)
+        made = (await send(admin, "POST", "/tokens", {"roles": ["user"], "name": "n"})).json
+        for bad in (
+            {"key": "k", "value": value, "extra": 1},
+            {"key": "k", "value": value, "expected_version": 77},
+            {"key": ["k"], "value": value},
+        ):
+            answers.append((await send(admin, "POST", "/set", bad)).body)
+        half = await admin.request("POST", "/set", body=b'{"key":"k","value":"%s' % value.encode())
+        assert isinstance(half, Reply)
+        answers.append(half.body)
+        async with cluster.client(0, headers={"Authorization": f"Bearer {guess}"}) as guesser:
+            answers.append((await kit.get(guesser, "/get?key=k")).body)
+            answers.append((await send(guesser, "POST", "/set", {"key": "k", "value": value})).body)
+        async with cluster.client(0, headers={"Authorization": f"Basic {guess}"}) as basic:
+            answers.append((await kit.get(basic, "/get?key=k")).body)
+        answers.append((await kit.get(admin, f"/get?key=k&access_token={guess}")).body)
+        answers.append((await kit.get(admin, f"/get?key=k&key={guess}")).body)
+        cluster.kill(1)
+        await kit.set_value(admin, "k", value)
+        cluster.start(1)
+        await cluster.linked()
+        pages = ["/metrics", "/metrics?format=prometheus", "/status", "/replication", "/tokens"]
+        for path in (*pages, "/audit?limit=1000", "/history?key=k", "/openapi.json"):
+            answers.append((await kit.get(admin, path)).body)
+        assert await cluster.terminate_all() == [0, 0]
+        everything = {str(path): path.read_bytes() for path in kit.files_under(tmp_path)}
+        assert any("audit.log" in path for path in everything)
+        assert any(path.endswith("node0.log") for path in everything)
+    for secret in (value, guess, made["token"], "token-admin-123"):
+        assert not any(secret.encode() in answer for answer in answers), secret
+        for path, raw in everything.items():
+            assert secret.encode() not in raw, (secret, path)
+
+
+async def test_no_input_is_a_server_error_and_what_is_refused_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    """Every operation of /openapi.json, with wrong fields, and fields of every type."""
+    async with kit.pair(tmp_path) as cluster, cluster.client(0) as admin:
+        document = (await kit.get(admin, "/openapi.json")).json
+        tried: Counter[int] = Counter()
+        rng = random.Random(3)
+        seq = await last_seq(admin)
+
+        async def attempt(method: str, path: str, body: Any = None) -> None:
+            nonlocal seq
+            reply = await send(admin, method.upper(), path, body)
+            tried[reply.status // 100] += 1
+            assert reply.status < 500, (method, path, body, reply.body)
+            if reply.status < 400:
+                seq = await last_seq(admin)
+            else:
+                assert "error" in reply.json
+
+        fields = {"key": "fuzz", "value": 1, "roles": ["user"], "rules": [], "ops": [],
+                  "accessor": "none"}  # fmt: skip
+        for template, operations in document["paths"].items():
+            if template in SKIPPED:
+                continue
+            path = template.replace("{role}", "fuzz")
+            for method, operation in operations.items():
+                names = [p["name"] for p in operation.get("parameters", ()) if p["in"] == "query"]
+                for name in [*names, "unknown"]:
+                    for text in rng.sample(QUERIES, EACH):
+                        await attempt(method, f"{path}?{name}={text}")
+                if "requestBody" in operation:
+                    for name in (*fields, "expected_version", "ttl_ms", "version", "uses"):
+                        for value in rng.sample(ANYTHING, EACH):
+                            await attempt(method, path, {**fields, name: value})
+                    for body in ANYTHING:
+                        await attempt(method, path, body)
+                assert await last_seq(admin) == seq, f"a refused {method} {path} changed something"
+        assert tried[4] > 200
+        assert not tried[5]
+
+
+async def test_fuzzed_tokens_headers_and_request_lines_get_an_answer_and_no_more(
+    tmp_path: Path,
+) -> None:
+    rng = random.Random(4)
+    letters = [chr(c) for c in range(33, 127)] + ["é", "\t", " ", "token-admin-123", "Bearer"]
+    async with kit.pair(tmp_path) as cluster, cluster.client(0) as admin:
+        before = await last_seq(admin)
+        async with HttpClient.of_url(cluster.url(0)) as client:
+            for _ in range(150):
+                token = "".join(rng.choices(letters, k=rng.randrange(60)))
+                scheme = rng.choice(["Bearer", "bearer", "Basic", "", "Bearer Bearer"])
+                head = f"POST /set HTTP/1.1\r\nHost: x\r\nAuthorization: {scheme} {token}x\r\n"
+                body = '{"key":"fuzz","value":1}'
+                head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                reply = await client.raw((head + body).encode())
+                assert isinstance(reply, Reply), head
+                assert reply.status in (400, 401, 429), (head, reply)
+            for _ in range(60):
+                noise = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 200)))
+                reply = await client.raw(noise + b"\r\n\r\n")
+                assert not isinstance(reply, Reply) or 400 <= reply.status < 500
+        assert await last_seq(admin) == before
+        assert (await kit.set_value(admin, "k", 1)).status == 200
+        assert "Traceback" not in cluster.nodes[0].output()
+
+
+async def test_every_acknowledged_write_has_its_audit_line_through_kills(tmp_path: Path) -> None:
+    acknowledged: list[str] = []
+    async with kit.pair(tmp_path) as cluster:
+
+        async def writer(name: str) -> None:
+            async with cluster.client(0) as client:
+                for number in range(10_000):
+                    request_id = f"{name}-{number}"
+                    reply = await client.request(
+                        "POST", "/set", body=b'{"key":"k","value":1}',
+                        headers={"X-Request-Id": request_id}, timeout_s=20,
+                    )  # fmt: skip
+                    if not isinstance(reply, Reply):
+                        return
+                    if reply.status == 200:
+                        acknowledged.append(request_id)
+
+        for round_number in range(3):
+            count = len(acknowledged)
+            tasks = [asyncio.create_task(writer(f"r{round_number}w{n}")) for n in range(4)]
+
+            async def enough(wanted: int = count + 20) -> bool:
+                return len(acknowledged) >= wanted
+
+            await kit.eventually(enough)
+            if round_number == 1:
+                cluster.power_cut()
+            else:
+                cluster.kill(0)
+            await asyncio.gather(*tasks)
+            path = tmp_path / "data" / "nodeA" / "audit" / "audit.log"
+            lines = path.read_bytes()  # as the kill left it
+            assert all(b'"%s"' % r.encode() in lines for r in acknowledged)
+            await cluster.start_all()
+        assert await cluster.terminate_all() == [0, 0]
+    done = kit.command(tmp_path, "audit", "verify", "--id", "nodeA")
+    assert done.returncode == 0, done.stdout
+    entries = [json.loads(line) for line in path.read_bytes().splitlines()]
+    records = Counter(entry["record"] for entry in entries if entry.get("record"))
+    assert max(records.values()) == 1, "a record was told twice"
+    told = {entry["request_id"] for entry in entries if entry.get("record")}
+    assert set(acknowledged) <= told
