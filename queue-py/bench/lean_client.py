@@ -35,6 +35,10 @@ class LeanClient(asyncio.Protocol):
     def get(self, path: bytes) -> asyncio.Future[tuple[int, bytes]]:
         return self._send(b"GET " + path + self._head + b"0\r\n\r\n")
 
+    def request(self, method: bytes, path: bytes) -> asyncio.Future[tuple[int, bytes]]:
+        """One without a body."""
+        return self._send(method + b" " + path + self._head + b"0\r\n\r\n")
+
     def _send(self, request: bytes) -> asyncio.Future[tuple[int, bytes]]:
         future: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
         if self._transport is None or self._transport.is_closing():

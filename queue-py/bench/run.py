@@ -1,210 +1,337 @@
-"""Load a cluster of this service on loopback and print what it does: `python bench/run.py --help`.
+"""Messages a second, latencies and recovery beside other queues, in one run: `run.py --help`.
 
-Starts three nodes with durable defaults in a scratch directory (or uses `--url`), runs each section
-several times with a lean client, and prints medians: operations a second, p50 and p99 of a request,
-and the CPU that a request costs on the queue's owner.
+Every system that is installed (apt: rabbitmq-server nats-server redis-server beanstalkd) runs at
+the same time in a scratch directory, idle but for the one whose turn it is. Each measurement goes
+round all of them, `--rounds` times; the medians are printed, and what ours is of theirs. Ours are
+three nodes with durable defaults, clients on `/stream` at the queue's owner (`ours, HTTP`: one
+request at a time and connection). All load comes from this one process, through lean clients of
+each protocol.
+
+    python bench/run.py                           # produce, consume, end to end, floor
+    python bench/run.py --parts depth,recovery --quick
+    python bench/run.py --parts growth            # ours only: nodes 1, 3, 5; queues 1, 16, 256
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import os
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from lean_client import LeanClient
+from growth import growth
+from peers import PEERS
+from systems import Ours, Session, System, installed
 
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
 BATCH = 100
+PREFETCH = 4
+"""Deliveries that a consumer of single messages may hold."""
 
 
 @dataclass
-class Target:
-    """The owner of a queue, and its process (None: not ours)."""
+class Table:
+    """Medians, by row and system."""
 
-    address: str
-    pid: int | None
+    rows: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
+    def add(self, row: str, system: str, value: float) -> None:
+        """One round's figure."""
+        self.rows.setdefault(row, {}).setdefault(system, []).append(value)
 
-def cpu_s(pid: int | None) -> float:
-    """CPU seconds that a process has used (0 where that cannot be known)."""
-    if pid is None or not sys.platform.startswith("linux"):
-        return 0.0
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / 100
+    def print(self) -> None:
+        """With `ours ÷ theirs` in brackets."""
+        systems = list(dict.fromkeys(name for row in self.rows.values() for name in row))
+        print(f"{'':<38}" + "".join(f"{name:>22}" for name in systems))
+        for row, cells in self.rows.items():
+            medians = {name: statistics.median(values) for name, values in cells.items()}
+            line = f"{row:<38}"
+            for name in systems:
+                if name not in medians:
+                    line += f"{'–':>22}"
+                    continue
+                value = medians[name]
+                shown = f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+                if name != "ours" and "ours" in medians and value:
+                    shown += f" ({medians['ours'] / value:.2f})"
+                line += f"{shown:>22}"
+            print(line)
 
 
 async def closed_loop(
-    operation: Callable[[int], Awaitable[int]], clients: int, seconds: float
+    work: Callable[[Session], Awaitable[int]], sessions: list[Session], seconds: float
 ) -> tuple[float, list[float]]:
-    """`clients` callers, each waiting for its answer; (messages a second, latencies in ms)."""
+    """Each session does one thing after the other; messages a second, and milliseconds each."""
     latencies: list[float] = []
     done = 0
-    stop = time.perf_counter() + seconds
+    began = last = time.perf_counter()
 
-    async def caller(number: int) -> None:
-        nonlocal done
-        while (began := time.perf_counter()) < stop:
-            count = await operation(number)
-            done += count
-            latencies.append((time.perf_counter() - began) * 1000)
+    async def caller(session: Session) -> None:
+        nonlocal done, last
+        while (at := time.perf_counter()) - began < seconds:
+            count = await work(session)
+            if count:
+                last = time.perf_counter()
+                done += count
+                latencies.append((last - at) * 1000)
 
-    began = time.perf_counter()
-    await asyncio.gather(*(caller(n) for n in range(clients)))
-    return done / (time.perf_counter() - began), latencies
-
-
-class Load:
-    """The sections. One queue, so one partition and one owner: the hardest case."""
-
-    def __init__(self, target: Target, body_bytes: int) -> None:
-        self.target = target
-        self.body = "x" * body_bytes
-        self.clients: list[LeanClient] = []
-
-    async def connect(self, count: int) -> None:
-        while len(self.clients) < count:
-            self.clients.append(await LeanClient.connect(self.target.address))
-
-    async def produce(self, number: int) -> int:
-        body = b'{"queue":"bench","body":"%b"}' % self.body.encode()
-        status, text = await self.clients[number].post(b"/produce", body)
-        assert status == 201, (status, text)
-        return 1
-
-    async def produce_batch(self, number: int) -> int:
-        one = b'{"body":"%b"}' % self.body.encode()
-        body = b'{"queue":"bench","messages":[%b]}' % b",".join([one] * BATCH)
-        status, text = await self.clients[number].post(b"/produce", body)
-        assert status == 201, (status, text)
-        return BATCH
-
-    async def consume_ack(self, number: int) -> int:
-        client = self.clients[number]
-        status, text = await client.get(b"/consume?queue=bench")
-        if status == 204:
-            return 0
-        message = json.loads(text)
-        status, text = await client.post(
-            b"/ack",
-            b'{"message_id":"%b","receipt":"%b"}'
-            % (message["id"].encode(), message["receipt"].encode()),
-        )
-        assert status == 200, (status, text)
-        return 1
-
-    async def consume_ack_batch(self, number: int) -> int:
-        client = self.clients[number]
-        status, text = await client.get(b"/consume?queue=bench&max=%d" % BATCH)
-        if status == 204:
-            return 0
-        ids = [message["id"] for message in json.loads(text)["messages"]]
-        status, text = await client.post(b"/ack", json.dumps({"message_ids": ids}).encode())
-        assert status == 200, (status, text)
-        return len(ids)
-
-    async def end_to_end(self, number: int) -> int:
-        await self.produce(number)
-        return await self.consume_ack(number)
-
-    async def measure(self, name: str, clients: int, seconds: float) -> tuple[str, list[float]]:
-        operation: Callable[[int], Awaitable[int]] = getattr(self, name)
-        await self.connect(clients)
-        before = cpu_s(self.target.pid)
-        rate, latencies = await closed_loop(operation, clients, seconds)
-        used_us = (cpu_s(self.target.pid) - before) / max(1, len(latencies)) * 1e6
-        latencies.sort()
-        p50, p99 = latencies[len(latencies) // 2], latencies[len(latencies) * 99 // 100]
-        return name, [rate, p50, p99, used_us]
+    await asyncio.gather(*(caller(session) for session in sessions))
+    return done / max(last - began, 1e-9), latencies
 
 
-SECTIONS = (
-    ("produce", 1),
-    ("produce", 32),
-    ("consume_ack", 32),
-    ("end_to_end", 1),
-    ("produce_batch", 8),
-    ("consume_ack_batch", 8),
-)
+def median(values: list[float]) -> float:
+    return statistics.median(values) if values else 0.0
 
 
-async def run(url: str, pids: dict[str, int], args: argparse.Namespace) -> None:
-    """Every section, `--runs` times; the medians."""
-    with urllib.request.urlopen(f"http://{url}/ring?queue=bench") as reply:  # noqa: ASYNC210 - once, before the load
-        owner = json.load(reply)["partitions"][0]["owner"]
-    load = Load(Target(owner, pids.get(owner)), args.body_bytes)
-    print(f"{'section':<20}{'clients':>8}{'messages/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'CPU us':>9}")
-    for name, clients in SECTIONS:
-        if args.only and name not in args.only:
+def cpu_s(pids: list[int]) -> float:
+    """CPU seconds used by processes (0 where that cannot be known)."""
+    if not sys.platform.startswith("linux"):
+        return 0.0
+    used = 0.0
+    for pid in pids:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
             continue
-        rows = [(await load.measure(name, clients, args.seconds))[1] for _ in range(args.runs)]
-        rate, p50, p99, used = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"{name:<20}{clients:>8}{rate:>12,.0f}{p50:>9.2f}{p99:>9.2f}{used:>9.0f}")
+        used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
 
 
-def start(root: Path, port: int) -> tuple[list[subprocess.Popen[bytes]], list[str]]:
-    """Three nodes with durable defaults."""
-    addresses = [f"127.0.0.1:{port + n}" for n in range(3)]
-    nodes = []
-    for n, address in enumerate(addresses):
-        with (root / f"node{n}.log").open("wb") as output:
-            command = [sys.executable, str(MAIN), f"--id=node{n}", f"--addr={address}",
-                       f"--peers={','.join(addresses)}", f"--dataDir={root}/data{n}"]  # fmt: skip
-            nodes.append(subprocess.Popen(command, stderr=output))
-    return nodes, addresses
+class Bench:
+    """The parts. Each measurement begins with an empty queue."""
+
+    def __init__(self, systems: list[System], args: argparse.Namespace, table: Table) -> None:
+        self.systems = systems
+        self.args = args
+        self.table = table
+
+    async def sessions(self, system: System, count: int) -> list[Session]:
+        return [await system.connect() for _ in range(count)]
+
+    async def each(self, measure: Callable[[System], Awaitable[None]]) -> None:
+        """All systems in turn, `--rounds` times."""
+        for _ in range(self.args.rounds):
+            for system in self.systems:
+                await system.fresh()
+                await measure(system)
+
+    async def produce(self) -> None:
+        for size in (256, 4096):
+            for clients, batch in ((1, 1), (32, 1), (8, BATCH)):
+                if size == 4096 and clients == 1:
+                    continue
+                await self.each(lambda s, n=clients, b=batch, z=size: self._produce(s, n, b, z))  # type: ignore[misc]
+
+    async def _produce(self, system: System, clients: int, batch: int, size: int) -> None:
+        body = b"x" * size
+        bodies = [body] * batch
+
+        async def work(session: Session) -> int:
+            if batch == 1:
+                await session.produce(body)
+            else:
+                await session.produce_many(bodies)
+            return batch
+
+        sessions = await self.sessions(system, clients)
+        before = cpu_s(system.pids())
+        rate, latencies = await closed_loop(work, sessions, self.args.seconds)
+        used = (cpu_s(system.pids()) - before) / max(1, len(latencies) * batch) * 1e6
+        of = f"{size} B, {clients} clients" + (f", batches of {batch}" if batch > 1 else "")
+        if clients == 1:
+            self.table.add(f"produce p50 ms, {size} B, 1 client", system.name, median(latencies))
+        else:
+            self.table.add(f"produce/s, {of}", system.name, rate)
+            self.table.add("  its CPU us a message", system.name, used) if batch == 1 else None
+        for session in sessions:
+            session.close()
+
+    async def consume(self) -> None:
+        await self.each(lambda system: self._consume(system, 32, 1, 8_000))
+        await self.each(lambda system: self._consume(system, 4, BATCH, 40_000))
+
+    async def _consume(self, system: System, clients: int, batch: int, depth: int) -> None:
+        await fill(system, depth)
+        sessions = await self.sessions(system, clients)
+        for session in sessions:
+            await session.subscribe(PREFETCH if batch == 1 else 3 * BATCH)
+
+        async def work(session: Session) -> int:
+            return len(await session.take(batch, 0.3))
+
+        rate, _ = await closed_loop(work, sessions, self.args.seconds)
+        of = f"{clients} clients" + (f", batches of {batch}" if batch > 1 else "")
+        self.table.add(f"consume+ack/s, {of}", system.name, rate)
+        for session in sessions:
+            session.close()
+
+    async def end_to_end(self) -> None:
+        await self.each(self._end_to_end)
+
+    async def _end_to_end(self, system: System) -> None:
+        producer, consumer = await self.sessions(system, 2)
+        await consumer.subscribe(8)
+        body = b"x" * 256
+        latencies = []
+        stop = time.perf_counter() + self.args.seconds
+        while time.perf_counter() < stop:
+            taking = asyncio.ensure_future(received(consumer))
+            await asyncio.sleep(0)
+            began = time.perf_counter()
+            stored = asyncio.ensure_future(producer.produce(body))
+            await taking
+            latencies.append((consumer.arrived_s - began) * 1000)
+            await stored
+        self.table.add("end to end p50 ms, 1 in flight", system.name, median(latencies))
+        producer.close()
+        consumer.close()
+
+    async def depth(self) -> None:
+        depths = [100_000] + ([1_000_000] if self.args.deep else [])
+        for depth in depths:
+            for system in self.systems:
+                if depth > 100_000 and not isinstance(system, Ours):
+                    continue
+                await system.fresh()
+                await fill(system, depth)
+                sessions = await self.sessions(system, 1)
+                await sessions[0].subscribe(3 * BATCH)
+
+                async def work(session: Session) -> int:
+                    return len(await session.take(BATCH, 1.0))
+
+                rate, _ = await closed_loop(work, sessions, min(10.0, 4 * self.args.seconds))
+                row = f"consume+ack/s at depth {depth:,}, batches"
+                self.table.add(row, system.name, rate)
+                sessions[0].close()
+
+    async def recovery(self) -> None:
+        for system in self.systems:
+            await system.fresh()
+            count = 100_000 if not self.args.quick else 10_000
+            await fill(system, count)
+            system.kill()
+            began = time.perf_counter()
+            await system.start()
+            while True:
+                try:
+                    session = await system.connect()
+                    await asyncio.wait_for(session.subscribe(8), 1)
+                    if await asyncio.wait_for(session.take(1, 0.5), 1):
+                        break
+                except (TimeoutError, OSError, AssertionError):
+                    if isinstance(system, Ours):
+                        await system.find_owner(settled=False)
+                await asyncio.sleep(0.005)
+            row = f"kill -9 of all to a message, {count:,}, s"
+            self.table.add(row, system.name, time.perf_counter() - began)
 
 
-def wait_ready(addresses: list[str]) -> None:
-    """All nodes answer 200 on /readyz, within 20 s."""
-    give_up = time.monotonic() + 20
-    for address in addresses:
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://{address}/readyz"):
-                    break
-            except OSError:
-                if time.monotonic() > give_up:
-                    raise
-                time.sleep(0.05)
+async def received(consumer: Session) -> None:
+    """Until the next message is here, and acked."""
+    while not await consumer.take(1, 1.0):
+        pass
+
+
+async def fill(system: System, count: int) -> None:
+    """Store that many messages of 256 B, in batches."""
+    sessions = [await system.connect() for _ in range(4)]
+    left = count // BATCH
+
+    async def work(session: Session) -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            await session.produce_many([b"x" * 256] * BATCH)
+
+    await asyncio.gather(*(work(session) for session in sessions))
+    for session in sessions:
+        session.close()
+
+
+def floor(root: Path) -> None:
+    """What this disk takes for one synced append, alone."""
+    took = []
+    with (root / "floor").open("wb", buffering=0) as file:
+        for _ in range(200):
+            began = time.perf_counter()
+            file.write(b"x" * 300)
+            (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(file.fileno())
+            took.append((time.perf_counter() - began) * 1e6)
+    took.sort()
+    print(f"floor: an append and fdatasync p50 {took[100]:.0f} us, p90 {took[180]:.0f} us; "
+          f"load average {os.getloadavg()[0]:.1f}")  # fmt: skip
+
+
+async def run(args: argparse.Namespace, root: Path) -> None:
+    """Start what is there, measure, stop."""
+    parts = args.parts.split(",")
+    floor(root)
+    if "growth" in parts:
+        await growth(root, args.seconds)
+        parts.remove("growth")
+        if not parts:
+            return
+    systems: list[System] = [Ours(_made(root / "ours"))]
+    if args.http:
+        systems.append(Ours(_made(root / "http"), http=True, port=18440))
+    wanted = args.peers.split(",") if args.peers is not None else None
+    for peer in PEERS:
+        if wanted is not None and peer.name.split()[0].lower() not in wanted:
+            continue
+        if installed(*peer.needs):
+            systems.append(peer(_made(root / peer.__name__)))
+        else:
+            print(f"{peer.name} is not installed")
+    table = Table()
+    try:
+        await asyncio.gather(*(system.start() for system in systems))
+        bench = Bench(systems, args, table)
+        for part in parts:
+            await {"produce": bench.produce, "consume": bench.consume, "depth": bench.depth,
+                   "end_to_end": bench.end_to_end, "recovery": bench.recovery}[part]()  # fmt: skip
+    finally:
+        for system in systems:
+            system.stop()
+        table.print()
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 def main() -> None:
-    """Start, measure, stop."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", help="host:port of a running node (default: start three)")
-    parser.add_argument("--port", type=int, default=18400)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--body_bytes", type=int, default=256)
-    parser.add_argument("--only", nargs="*")
+    """Parse, run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default="produce,consume,end_to_end",
+                        help="of produce,consume,end_to_end,depth,recovery,growth")  # fmt: skip
+    parser.add_argument("--peers", help="of rabbitmq,nats,redis,beanstalkd; '' for none")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dir", help="where the data lies (default: the temporary directory)")
+    parser.add_argument("--quick", action="store_true", help="one round of half a second")
+    parser.add_argument("--deep", action="store_true", help="depth: 10^6 too (ours)")
+    parser.add_argument("--http", action="store_true", help="ours over HTTP/1.1 too")
     args = parser.parse_args()
-    factory = None
-    if sys.platform != "win32":
-        factory = import_module("uvloop").new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        if args.url:
-            runner.run(run(args.url, {}, args))
-            return
-        with tempfile.TemporaryDirectory(prefix="queue-bench-") as root:
-            nodes, addresses = start(Path(root), args.port)
-            try:
-                wait_ready(addresses)
-                pids = {a: node.pid for a, node in zip(addresses, nodes, strict=True)}
-                runner.run(run(addresses[0], pids, args))
-            finally:
-                for node in nodes:
-                    node.terminate()
-                for node in nodes:
-                    node.wait(10)
+    if args.quick:
+        args.seconds, args.rounds = 0.5, 1
+    factory = import_module("uvloop").new_event_loop if sys.platform != "win32" else None
+    root = Path(tempfile.mkdtemp(prefix="queue-bench-", dir=args.dir))
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(run(args, root))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -42,16 +42,15 @@ def parse_id(text: str) -> MessageName | None:
     """What `message_id` gave, or None: such an id was never issued."""
     if len(text) > 64:
         return None
-    name, _, check = text.rpartition("-")
-    parts = name.split("-")
-    if len(parts) != 3 or f"{crc32(name.encode()) & 0xFFFF:04x}" != check:
+    parts = text.split("-")
+    if len(parts) != 4:
         return None
     try:
-        partition, epoch, seq = (int(part, 16) for part in parts)
+        partition, epoch, seq = int(parts[0], 16), int(parts[1], 16), int(parts[2], 16)
     except ValueError:
         return None
-    if f"{partition:x}-{epoch:x}-{seq:x}" != name or not 0 < epoch <= MAX_EPOCH:
+    if not (0 <= partition < 4096 and 0 < epoch <= MAX_EPOCH and 0 < seq <= _SEQ_MASK):
         return None
-    if not 0 < seq <= _SEQ_MASK or partition >= 4096:
-        return None
-    return MessageName(partition, pack_dot(epoch, seq))
+    dot = epoch << SEQ_BITS | seq
+    # Only one text names it: the canonical one, with its check.
+    return MessageName(partition, dot) if message_id(partition, dot) == text else None

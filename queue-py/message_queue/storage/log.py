@@ -33,6 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from time import perf_counter
 from typing import Generic, NamedTuple, TypeVar
 from zlib import crc32
 
@@ -49,6 +50,13 @@ T = TypeVar("T")
 RESERVE_BYTES = 8 * 1024 * 1024
 SYNC_INTERVAL_S = 0.1
 SPACE_CHECK_S = 0.5
+OWN_WRITE_BYTES = 256 * 1024
+PATIENCE_S = 0.0007
+THREAD_DOES = 100
+"""The loop writes and syncs by itself what is small while that takes no longer than this on
+average: to wake a thread and be woken by it costs more (DESIGN.md, Speed). A disk that is slower
+gets the thread for the next so many batches."""
+_WEIGHT = 1 / 16
 MAX_BATCH_BYTES = 8 * 1024 * 1024
 _RETRY_FIRST_S = 0.02
 _RETRY_MOST_S = 1.0
@@ -128,6 +136,9 @@ class SegmentLog(Generic[T]):
         self._synced_size = 0
         self._writer: asyncio.Task[None] | None = None
         self._minder: asyncio.Task[None] | None = None
+        self._slow_for = 0
+        """Batches that the thread shall write, because the disk was slow."""
+        self._mean_s = 0.0
         self._rotate = False
         self._closing = False
         self._halted = False
@@ -234,6 +245,10 @@ class SegmentLog(Generic[T]):
                 self._wake.clear()
                 await self._wake.wait()
                 continue
+            if not self._slow_for:
+                # The frames that this turn queued for the peers leave first: their disks work while
+                # this one does.
+                await asyncio.sleep(0)
             batch = self._take()
             if not await self._commit(batch):
                 return
@@ -262,9 +277,7 @@ class SegmentLog(Generic[T]):
                     await self._next_segment()
                 assert self._file is not None  # noqa: S101 - _next_segment opened it
                 before = self.crcs[self._segment]
-                crc = await self._write_and_sync(
-                    self._file.fileno(), data, before, executor=self._write_thread
-                )
+                crc = await self._write(self._file.fileno(), data, before)
                 break
             except _SyncFailed as failure:
                 failed_syncs += 1
@@ -292,6 +305,21 @@ class SegmentLog(Generic[T]):
         self.queued_bytes -= len(data)
         self._on_durable(written)
         return True
+
+    async def _write(self, descriptor: int, data: bytes, crc: int) -> int:
+        """See `_write_and_sync_blocking`; by the loop or by the thread, whichever costs less."""
+        if self._slow_for or len(data) > OWN_WRITE_BYTES:
+            self._slow_for = max(0, self._slow_for - 1)
+            after: int = await self._write_and_sync(
+                descriptor, data, crc, executor=self._write_thread
+            )
+            return after
+        began_s = perf_counter()
+        after = self._write_and_sync_blocking(descriptor, data, crc)
+        self._mean_s += (perf_counter() - began_s - self._mean_s) * _WEIGHT
+        if self._mean_s > PATIENCE_S:
+            self._slow_for, self._mean_s = THREAD_DOES, PATIENCE_S / 2
+        return after
 
     def _would_overflow(self, more: int) -> bool:
         size = self.sizes[self._segment]

@@ -79,14 +79,18 @@ async def test_items_are_answered_like_http_by_any_node(cluster: Cluster, shift:
 
 async def test_many_items_are_under_way_at_once_and_keep_their_order(cluster: Cluster) -> None:
     async with StreamClient(cluster, 0) as stream:
-        for start in range(0, 600, 200):
-            numbers = range(start, start + 200)
-            await stream.send(
-                *({"op": "produce", "cid": n, "queue": "many", "body": n} for n in numbers)
-            )
-        statuses = [(await stream.answer(n))["status"] for n in range(600)]
-        assert set(statuses) == {201}
-        await stream.send({"op": "subscribe", "cid": "s", "queue": "many", "credit": 600})
+        for attempt in range(5):
+            queue = f"many-{attempt}"
+            for start in range(0, 600, 200):
+                numbers = range(start, start + 200)
+                await stream.send(
+                    *({"op": "produce", "cid": n, "queue": queue, "body": n} for n in numbers)
+                )
+            statuses = {(await stream.answer(n))["status"] for n in range(600)}
+            if statuses != {503, 201} and statuses != {503}:
+                break  # else the queue changed hands meanwhile: order is promised without failures
+        assert statuses == {201}
+        await stream.send({"op": "subscribe", "cid": "s", "queue": queue, "credit": 600})
         got = await stream.messages(600)
         assert [message["body"] for message in got] == list(range(600))
         await stream.send(*(

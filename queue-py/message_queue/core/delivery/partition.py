@@ -124,8 +124,8 @@ class PartitionDelivery(Stock):
         queue = self._queues[entry.queue]
         entry.epoch, entry.attempt = lease.epoch, lease.attempt
         self.delivered[entry.dot] = entry
+        entry.leased_ms = min(lease.leased_ms, now_ms)  # also when it is over: it may be extended
         if lease.due_ms > now_ms:
-            entry.leased_ms = min(lease.leased_ms, now_ms)
             due_ms = min(lease.due_ms, entry.leased_ms + MAX_LEASE_MS)
             self._lease_until(queue, entry, due_ms)
         elif queue.exhausted(entry):

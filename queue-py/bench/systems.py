@@ -1,0 +1,281 @@
+"""Ours, behind the interface that the load drives, and what all systems share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from pathlib import Path
+
+from lean_client import LeanClient
+from lean_stream import LeanStream
+
+MAIN = Path(os.environ.get("QUEUE_MAIN", Path(__file__).resolve().parents[1] / "main.py"))
+QUEUE = b"bench"
+START_WITHIN_S = 90.0
+
+
+class Session(ABC):
+    """One client."""
+
+    arrived_s = 0.0
+    """When the last `take` had its messages (their acks follow)."""
+
+    @abstractmethod
+    async def produce(self, body: bytes) -> None:
+        """Store one message, and wait for the confirmation."""
+
+    @abstractmethod
+    async def produce_many(self, bodies: list[bytes]) -> None:
+        """Store several, and wait for all confirmations."""
+
+    async def subscribe(self, prefetch: int) -> None:  # noqa: B027 - a system may have no use for it
+        """Before `take`."""
+
+    @abstractmethod
+    async def take(self, most: int, wait_s: float) -> list[bytes]:
+        """Fetch up to `most` messages and ack them; as soon as there is one. [] after the wait."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Hang up."""
+
+
+class System(ABC):
+    """A queueing system that runs in a scratch directory."""
+
+    name: str
+    durable = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start it (again, on what it has stored), return when it takes messages."""
+
+    @abstractmethod
+    async def fresh(self) -> None:
+        """Make the queue anew and empty."""
+
+    @abstractmethod
+    async def connect(self) -> Session:
+        """A client."""
+
+    @abstractmethod
+    async def stored(self) -> int:
+        """How many messages are ready."""
+
+    def run(self, command: list[str], log: str, env: dict[str, str] | None = None) -> None:
+        """Start a process of it."""
+        with (self.root / log).open("ab") as output:
+            self.processes.append(
+                subprocess.Popen(command, stdout=output, stderr=output, cwd=self.root,
+                                 env={**os.environ, **(env or {})}, start_new_session=True)
+            )  # fmt: skip
+
+    def pids(self) -> list[int]:
+        """Of all its processes, for their CPU time."""
+        return [process.pid for process in self.processes]
+
+    def kill(self) -> None:
+        """kill -9, all at once."""
+        self._signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End it."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        # Each has a session of its own: what it started goes with it.
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        for process in self.processes:
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(5)
+        self.processes.clear()
+
+
+def installed(*commands: str) -> bool:
+    """Whether all of them are there."""
+    places = os.environ.get("PATH", "") + ":/usr/sbin:/usr/lib/rabbitmq/bin"
+    return all(shutil.which(command, path=places) for command in commands)
+
+
+async def listening(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until somebody listens there."""
+    give_up = time.monotonic() + START_WITHIN_S
+    while True:
+        with socket.socket() as probe:
+            probe.settimeout(0.2)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if process.poll() is not None or time.monotonic() > give_up:
+            raise RuntimeError(f"{process.args} does not listen on {port}")
+        await asyncio.sleep(0.01)
+
+
+class Ours(System):
+    """Three nodes with durable defaults; clients on `/stream` (or HTTP) at the queue's owner, or,
+    with `forwarded`, at another node."""
+
+    def __init__(
+        self, root: Path, *, nodes: int = 3, http: bool = False, forwarded: bool = False,
+        port: int = 18400,
+    ) -> None:  # fmt: skip
+        super().__init__(root)
+        self.http = http
+        self.forwarded = forwarded
+        self.addresses = [f"127.0.0.1:{port + n}" for n in range(nodes)]
+        self.name = "ours, HTTP" if http else "ours, forwarded" if forwarded else "ours"
+        self.queue = QUEUE
+        self.owner = self.addresses[0]
+
+    async def start(self) -> None:
+        for n, address in enumerate(self.addresses):
+            self.run([sys.executable, str(MAIN), f"--id=node{n}", f"--addr={address}",
+                      f"--peers={','.join(self.addresses)}", f"--dataDir={self.root}/data{n}"],
+                     f"node{n}.log")  # fmt: skip
+        for address, process in zip(self.addresses, self.processes, strict=True):
+            await listening(int(address.rpartition(":")[2]), process)
+        await self.find_owner()
+
+    async def find_owner(self, settled: bool = True) -> None:
+        """Wait for an owner; `settled`: the preferred one, who takes over soon after a start."""
+        give_up = time.monotonic() + START_WITHIN_S
+        while time.monotonic() < give_up:
+            for address in self.addresses:
+                place = _get(address, f"/ring?queue={self.queue.decode()}")
+                if place is None:
+                    continue
+                at = place["partitions"][0]
+                if at["owner"] and (not settled or at["owner"] == at["replicas"][0]):
+                    self.owner = at["owner"]
+                    return
+            await asyncio.sleep(0.005)
+        raise RuntimeError("no owner")
+
+    async def fresh(self) -> None:
+        client = await LeanClient.connect(self.owner)
+        status, text = await client.request(b"DELETE", b"/queues/%b/messages" % self.queue)
+        assert status == 200, (status, text)
+        client.close()
+
+    async def connect(self) -> Session:
+        others = [a for a in self.addresses if a != self.owner]
+        address = others[0] if self.forwarded and others else self.owner
+        if self.http:
+            return _HttpSession(await LeanClient.connect(address), self.queue)
+        return _StreamSession(await LeanStream.connect(address), self.queue)
+
+    async def stored(self) -> int:
+        shown = _get(self.owner, f"/queues/{self.queue.decode()}")
+        return int(shown["ready"]) if shown else -1
+
+    def owner_pid(self) -> int:
+        """The process that owns the queue."""
+        return self.processes[self.addresses.index(self.owner)].pid
+
+
+class _StreamSession(Session):
+    def __init__(self, stream: LeanStream, queue: bytes) -> None:
+        self.stream = stream
+        self.queue = queue
+        self._owed = 0
+
+    async def produce(self, body: bytes) -> None:
+        status = await self.stream.ask(
+            b'{"op":"produce","queue":"%b","body":"%b"' % (self.queue, body)
+        )
+        assert status == 201, status
+
+    async def produce_many(self, bodies: list[bytes]) -> None:
+        messages = b",".join([b'{"body":"%b"}' % body for body in bodies])
+        status = await self.stream.ask(
+            b'{"op":"produce","queue":"%b","messages":[%b]' % (self.queue, messages)
+        )
+        assert status == 201, status
+
+    async def subscribe(self, prefetch: int) -> None:
+        status = await self.stream.ask(
+            b'{"op":"subscribe","queue":"%b","credit":%d' % (self.queue, prefetch)
+        )
+        assert status == 200, status
+        self._subscription = self.stream.asked
+
+    async def take(self, most: int, wait_s: float) -> list[bytes]:
+        stream = self.stream
+        if not await stream.some(wait_s):
+            return []
+        self.arrived_s = time.perf_counter()
+        taken = [stream.delivered.popleft() for _ in range(min(most, len(stream.delivered)))]
+        credit = b'{"op":"credit","subscription":%d,"credit":%d}' % (
+            self._subscription, len(taken))  # fmt: skip
+        if len(taken) == 1:
+            one = taken[0]
+            status = await stream.ask(b'{"op":"ack","message_id":"%b","receipt":"%b"' % (
+                one.id.encode(), one.receipt.encode()), credit)  # fmt: skip
+        else:
+            ids, receipts = [m.id for m in taken], [m.receipt for m in taken]
+            fields = json.dumps({"op": "ack", "message_ids": ids, "receipts": receipts})
+            status = await stream.ask(fields[:-1].encode(), credit)
+        assert status == 200, status
+        return [message.body.encode() for message in taken]
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class _HttpSession(Session):
+    def __init__(self, client: LeanClient, queue: bytes) -> None:
+        self.client = client
+        self.queue = queue
+
+    async def produce(self, body: bytes) -> None:
+        text = b'{"queue":"%b","body":"%b"}' % (self.queue, body)
+        status, answer = await self.client.post(b"/produce", text)
+        assert status == 201, (status, answer)
+
+    async def produce_many(self, bodies: list[bytes]) -> None:
+        messages = b",".join([b'{"body":"%b"}' % body for body in bodies])
+        text = b'{"queue":"%b","messages":[%b]}' % (self.queue, messages)
+        status, answer = await self.client.post(b"/produce", text)
+        assert status == 201, (status, answer)
+
+    async def take(self, most: int, wait_s: float) -> list[bytes]:
+        path = b"/consume?queue=%b&max=%d&wait_ms=%d" % (self.queue, most, int(wait_s * 1000))
+        status, text = await self.client.get(path)
+        if status == 204:
+            return []
+        self.arrived_s = time.perf_counter()
+        messages = json.loads(text)["messages"]
+        ids = json.dumps({"message_ids": [m["id"] for m in messages]}).encode()
+        status, text = await self.client.post(b"/ack", ids)
+        assert status == 200, (status, text)
+        return [message["body"].encode() for message in messages]
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def _get(address: str, path: str) -> dict[str, object] | None:
+    try:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=2) as reply:
+            found: dict[str, object] = json.load(reply)
+            return found
+    except OSError:
+        return None
