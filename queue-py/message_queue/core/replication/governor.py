@@ -29,6 +29,7 @@ from message_queue.core.replication.effects import Effects
 from message_queue.core.replication.offices import Offices
 from message_queue.core.replication.peers import Peer
 from message_queue.core.replication.seat import Seat
+from message_queue.core.replication.validation import plausible_ring
 
 RING_KEY = "ring"
 _decoder = msgspec.msgpack.Decoder(Membership)
@@ -145,7 +146,19 @@ class Governor:
                 state = self._seats[RING_PARTITION].state
                 stored = state.records.settings.get(RING_KEY)
                 if stored is not None and stored.value:
-                    self.adopt(_decoder.decode(stored.value))
+                    self._restore(stored.value)
+
+    def _restore(self, stored: bytes) -> None:
+        """A ring that came with somebody's seal: believed if it can be one."""
+        try:
+            ring = _decoder.decode(stored)
+        except msgspec.MsgspecError as e:
+            self._desk.note("implausible", RING_PARTITION, 0, f"stored ring: {e}")
+            return
+        if plausible_ring(ring):
+            self.adopt(ring)
+        else:
+            self._desk.note("implausible", RING_PARTITION, ring.version, "stored ring")
 
     def adopt(self, ring: Membership) -> None:
         """A committed ring, from wherever."""
