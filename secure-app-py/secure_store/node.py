@@ -77,6 +77,7 @@ class Node:
         self._engine: Engine | None = None
         self.heads = PeerHeads(config, audit, keyring)
         self._resealing = False
+        self._rotating = asyncio.Lock()
         self._sweeping: asyncio.Task[None] | None = None
         self._hmac_keys = config.audit_keys == "hmac"
         self.ledger = Ledger(config.node_id, audit)
@@ -285,6 +286,12 @@ class Node:
         before comes under it in the background. Gives its number; raises RotationRefused."""
         if len(self._keyring.numbers) >= MAX_DATA_KEYS:
             raise RotationRefused(f"{MAX_DATA_KEYS} data keys are kept: main.py doctor says why")
+        if self._rotating.locked():
+            raise RotationRefused("another one is just being begun")
+        async with self._rotating:
+            return await self._rotate(master=master)
+
+    async def _rotate(self, *, master: bool) -> int:
         try:
             if master:
                 path = self._config.master_key_path

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from secure_store.core.policy import VERBS, Branch, CompiledRules, Verb
 
-MAX_STATES = 20_000
+MAX_STEPS = 50_000
 _OTHER = "\0"  # a segment that no pattern can name
 
 # What is left of a search after some segments, in order of rank: branches that may still decide,
@@ -28,9 +28,13 @@ def _exceeds(verb: Verb, child: CompiledRules, parent: CompiledRules) -> bool:
     start = ((child.root(verb),), (parent.root(verb),))
     seen: set[tuple[_Left, _Left]] = {start}
     waiting: list[tuple[_Left, _Left]] = [start]
+    steps = 0
     while waiting:
         mine, theirs = waiting.pop()
         for segment in _segments(mine, theirs):
+            steps += 1
+            if steps > MAX_STEPS:
+                return True
             after = (_step(mine, segment), _step(theirs, segment))
             if _verdict(after[0]) and not _verdict(after[1]):
                 return True
@@ -39,8 +43,6 @@ def _exceeds(verb: Verb, child: CompiledRules, parent: CompiledRules) -> bool:
             if all(isinstance(x, bool) for x in (*after[0], *after[1])):
                 continue  # longer keys get the same verdicts
             seen.add(after)
-            if len(seen) > MAX_STATES:
-                return True
             waiting.append(after)
     return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from secure_store.core.audit import (
@@ -150,6 +150,7 @@ def test_every_flipped_byte_is_found() -> None:
         assert verdict.code is not Code.OK, f"byte {at}"
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(1, 12), st.data())
 def test_any_rearrangement_but_a_cut_is_found_without_anchors(count: int, data) -> None:
     lines = chain(count)

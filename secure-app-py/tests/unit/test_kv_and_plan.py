@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from secure_store.core import kv
@@ -201,6 +201,7 @@ ops = st.one_of(
 )
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(ops, max_size=30))
 def test_numbers_only_grow_and_a_plan_is_checked_against_what_a_read_gives(some) -> None:
     heads = Heads()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from secure_store.core.outrank import outranks
@@ -117,11 +117,13 @@ rules = st.builds(
 )
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(rules, max_size=12), keys, st.sampled_from(VERBS))
 def test_the_tree_agrees_with_the_naive_evaluator(some: list[Rule], key: str, verb: str) -> None:
     assert CompiledRules(some).allows(verb, key) is decide(some, verb, key)
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(rules, max_size=8), keys, st.sampled_from(VERBS), st.randoms())
 def test_the_order_of_rules_does_not_matter(some: list[Rule], key: str, verb: str, rng) -> None:
     shuffled = list(some)
@@ -129,6 +131,7 @@ def test_the_order_of_rules_does_not_matter(some: list[Rule], key: str, verb: st
     assert decide(some, verb, key) is decide(shuffled, verb, key)
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(rules, max_size=8), rules, keys, st.sampled_from(VERBS))
 def test_a_further_denial_never_allows_more(some, denial: Rule, key: str, verb: str) -> None:
     denied = Rule(denial.pattern, denial.verbs, Effect.DENY)
@@ -147,6 +150,7 @@ some_rules = st.lists(
 KEYS = ["/".join(parts) for n in range(1, 6) for parts in itertools.product("abz", repeat=n)]
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(some_rules, some_rules)
 def test_outranking_is_what_trying_every_key_says(child: list[Rule], parent: list[Rule]) -> None:
     mine, theirs = CompiledRules(child), CompiledRules(parent)
@@ -166,6 +170,7 @@ def test_a_policy_that_is_hard_to_compare_is_taken_to_outrank() -> None:
     assert not outranks(child, CompiledRules([Rule("*", VERBS)]))
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(some_rules, st.sampled_from(KEYS))
 def test_the_rule_that_is_named_is_the_one_that_decides(rules: list[Rule], key: str) -> None:
     named = deciding(rules, "read", key)
