@@ -387,6 +387,8 @@ class Router:
             "id": node.config.node_id,
             "addr": str(node.config.addr),
             "position": node.config.position,
+            "ring_version": node.replicator.ring.version,
+            "left": node.keeper.departed,
             "ready": self.not_ready_because() is None,
             "incarnation": node.incarnation,
             "cluster_ms": node.cluster_ms(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from message_queue.core.messages import MAX_NODES, RING_PARTITION, Member, Membership
@@ -92,6 +92,7 @@ def test_what_nodes_say_of_themselves_is_taken_over() -> None:
     assert dict(named(THREE, {1: Member("b:2", "B")}).members)[1] == Member("b:2", "B")
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 7)), max_size=30))
 def test_any_sequence_of_requests_gives_rings_that_peers_believe(
     asked: list[tuple[bool, int]],
@@ -142,6 +143,7 @@ def test_whoever_hands_over_needs_both_and_neither_set_can_act_alone(
             assert joint.hopeless(rest) != enough
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.integers(0, 3), st.integers(-1, 5), min_size=4, max_size=4))
 def test_what_both_majorities_have_reached_is_the_lower_of_the_two(marks: dict[int, int]) -> None:
     old, new = (0, 1, 2), (1, 2, 3)
