@@ -21,6 +21,7 @@ from lock_manager.core.locks.replies import (
 )
 from lock_manager.core.raft import (
     ElectionStarted,
+    Forgetful,
     LeaderChanged,
     Note,
     SteppedDown,
@@ -66,11 +67,19 @@ class Reporter:
                     "leadership was not handed over to %s in time", self._directory.name(target)
                 )
             case Suspicious(sender, what):
-                text = f"ignored a message from peer {sender}: it {what}"
-                if (said := self._sparing.again(text, monotonic())) is not None:
-                    log.error("%s", said)
+                self._complain(f"ignored a message from peer {sender}: it {what}")
+            case Forgetful(sender):
+                self._complain(
+                    f"{self._directory.name(sender) or f'peer {sender}'} lacks entries that it "
+                    "acknowledged: its disk lost them. Remove it, and add it again with an empty "
+                    "data directory"
+                )
             case _:
                 pass
+
+    def _complain(self, what: str) -> None:
+        if (text := self._sparing.again(what, monotonic())) is not None:
+            log.error("%s", text)
 
     def applied(self, batch: Batch, outcomes: Outcomes) -> None:
         """One log entry took effect on this node. (Counters differ between nodes only in what a

@@ -17,6 +17,7 @@ from lock_manager.core.raft import (
     Effects,
     Entry,
     EntryKind,
+    Forgetful,
     HardState,
     InstallSnapshot,
     Member,
@@ -494,3 +495,34 @@ def test_no_sequence_of_messages_makes_the_core_raise_or_break_its_own_state(
             if effects.persist is not None:
                 checker.stored(1, effects.persist)
                 core.persisted(effects.persist.seq, now)
+
+
+def test_a_peer_that_lost_what_it_acknowledged_is_told_of_and_not_asked_in_a_circle() -> None:
+    core = leader()
+    settle(core)
+    core.propose([b"kept on its disk, it says"])
+    settle(core)
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=2), 1)
+    core.peer_disconnected(2, 2)  # it restarts, and its store has lost its tail
+    core.propose([b"more"])
+    settle(core)
+    asked = 0
+    for now in range(60, 700, 60):
+        core.tick(now)
+        for _ in range(3):
+            effects = core.drain()
+            asked += sum(1 for m in effects.messages if m.to == 2)
+            for message in effects.messages:
+                if message.to == 2:
+                    assert isinstance(message, AppendEntries)
+                    refusal = AppendReply(
+                        sender=2, to=1, term=1, success=False, prev_index=message.prev_index
+                    )
+                    core.step(refusal, now)
+                    told = core.drain()
+                    assert Forgetful(2, 2, 0) in told.notes
+                    assert not [m for m in told.messages if m.to == 2]
+                if message.to == 3:
+                    reply = AppendReply(sender=3, to=1, term=1, success=True, match_index=2)
+                    core.step(reply, now)
+    assert 5 <= asked <= 20

@@ -116,6 +116,15 @@ class Suspicious(msgspec.Struct, frozen=True, tag=True):
     what: str
 
 
+class Forgetful(msgspec.Struct, frozen=True, tag=True):
+    """A peer says that it lacks what it had acknowledged as durable: its disk lost it, unless the
+    network doubled an old message. Worth an error line."""
+
+    sender: int
+    acknowledged: int
+    has: int  # at most
+
+
 Note = (
     ElectionStarted
     | WonElection
@@ -125,6 +134,7 @@ Note = (
     | ConfigurationCommitted
     | TransferEnded
     | Suspicious
+    | Forgetful
 )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from lock_manager.core.raft import changes, quorum, read_index, roles, snapshots, transfer
 from lock_manager.core.raft.commit import commit_to
-from lock_manager.core.raft.effects import Accepted, Refusal, Refused, Suspicious
+from lock_manager.core.raft.effects import Accepted, Forgetful, Refusal, Refused, Suspicious
 from lock_manager.core.raft.messages import AppendEntries, AppendReply, Entry, EntryKind
 from lock_manager.core.raft.roles import Event
 from lock_manager.core.raft.state import Leading, State
@@ -188,6 +188,11 @@ def on_append_reply(state: State, reply: AppendReply) -> None:
     if hint_index >= state.log.base_index:
         hint_index = state.log.last_index_not_above(hint_index, reply.hint_term)
     progress.probe(hint_index + 1)
+    if hint_index < progress.match_index:
+        # To ask again at once would get the same answer, again and again: at the next heartbeat.
+        progress.probe_sent = True
+        progress.probed_at = (state.log.last_index, state.commit_index)
+        state.notes.append(Forgetful(reply.sender, progress.match_index, hint_index))
 
 
 def advance_commit(state: State) -> None:
