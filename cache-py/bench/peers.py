@@ -29,7 +29,8 @@ class Redis(Children):
         (self.port,) = free_ports(1)
         self.start(
             ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-             "--appendonly", "no", "--daemonize", "no", "--dir", str(root)]
+             "--appendonly", "no", "--daemonize", "no", "--set-proc-title", "no", "--dir",
+             str(root)]
         )  # fmt: skip
 
     @staticmethod
