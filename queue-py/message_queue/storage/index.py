@@ -215,7 +215,7 @@ class Index:
 
     def get(self, partition: int, dot: int) -> Place | None:
         """The place of a put, None when it is not known (or not needed) here."""
-        found = self._row(partition, dot)
+        found = self.row(partition, dot)
         if found is None:
             return None
         block, at = found
@@ -223,7 +223,7 @@ class Index:
 
     def locator(self, partition: int, dot: int) -> int | None:
         """Where a put lies, or None."""
-        found = self._row(partition, dot)
+        found = self.row(partition, dot)
         if found is None:
             return None
         block, at = found
@@ -319,7 +319,8 @@ class Index:
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
-    def _row(self, partition: int, dot: int) -> tuple[Block, int] | None:
+    def row(self, partition: int, dot: int) -> tuple[Block, int] | None:
+        """The block and position of a put that has a place."""
         blocks = self._partitions.get(partition)
         block = blocks.get(dot >> BLOCK_BITS) if blocks else None
         if block is None:

@@ -19,11 +19,15 @@ class PartitionShelf:
 
     def card(self, dot: int) -> Card | None:
         """Of a stored plain message; None for any other."""
-        place = self._index.get(self._partition, dot)
-        if place is None or place.plain is None:
+        found = self._index.row(self._partition, dot)
+        if found is None:
             return None
-        plain = place.plain
-        return Card(plain.queue, plain.priority, place.body_bytes, plain.enqueued_ms)
+        block, at = found
+        kind = block.kinds[at]
+        if not kind:
+            return None
+        queue = self._index.names[kind >> PRIORITY_BITS]
+        return Card(queue, kind & _PRIORITY, block.sizes[at], block.times[at])
 
     def part(self, epoch: int, number: int, bits: int) -> ShelfPart:
         """What is known of the messages of one chunk of dots; `bits`: those that are held. Takes

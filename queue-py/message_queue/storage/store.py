@@ -266,9 +266,10 @@ class Store:
         payloads = await self._log.read(locators)
         frames: dict[int, _Puts | None] = {}
         for locator in locators:
-            frames[locator] = None
+            # Another reader of the same frame may have been quicker.
+            frames[locator] = self._frames.get(locator)
             payload = payloads.get(locator)
-            if payload is None:
+            if payload is None or frames[locator] is not None:
                 continue
             with suppress(UnreadableRecord):
                 puts = {(p, dot): (m, b) for p, dot, m, b in puts_in(decode(payload))}
