@@ -190,12 +190,12 @@ class Node:
     def _do_what_is_due(self, links: Links) -> None:
         core = self._core
         until_s = perf_counter() + CATCH_UP_S
-        self._propose()
-        self._reads.ask(core.read_index)
         if self._behind or self._snapshots.reading:
             self._catch_up(until_s)
             self._reads.serve(self._applied)
             self._compact()
+        self._propose()
+        self._reads.ask(core.read_index)
         while core.has_effects:
             effects = core.drain()
             links.send(effects.messages)

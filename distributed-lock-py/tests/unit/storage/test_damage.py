@@ -34,6 +34,8 @@ from lock_manager.storage import CorruptStore, Owner, Store
 OWNER = Owner("node1", 1, "127.0.0.1:7000", "127.0.0.1:8000")
 MEMBERS = Configuration((Member(node_id=1), Member(node_id=2)))
 DATABASE, WAL, COUNT = "raft.sqlite3", "raft.sqlite3-wal", "commits"
+EVERY = int(os.environ.get("DAMAGE_EVERY", "0"))
+pytestmark = pytest.mark.timeout(36_000 if EVERY else 120)
 PAGE, WAL_HEADER, FRAME_HEADER = 4096, 32, 24
 
 
@@ -119,9 +121,8 @@ def start(path: Path, **files: bytes) -> Restored | None:
 
 def damages(content: bytes) -> Iterator[tuple[int, bytes]]:
     """Cut and flipped around the edges of pages and of WAL frames, and anywhere."""
-    every = int(os.environ.get("DAMAGE_EVERY", "0"))
-    if every:
-        places = list(range(0, len(content), every))
+    if EVERY:
+        places = list(range(0, len(content), EVERY))
     else:
         chance = random.Random(11)
         edges = {*range(0, len(content), PAGE)}
