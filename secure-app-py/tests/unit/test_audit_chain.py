@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from secure_store.core.audit import (
     FIRST_MAC,
+    Chainer,
     Code,
     Entry,
     Head,
@@ -165,3 +166,13 @@ def test_any_rearrangement_but_a_cut_is_found_without_anchors(count: int, data) 
 )
 def test_only_the_canonical_form_of_a_line_is_a_line(text: bytes) -> None:
     assert read_line(text) is None
+
+
+@given(st.binary(max_size=100), st.binary(max_size=32), st.text(max_size=20))
+def test_a_kept_key_state_gives_the_same_mac_as_hmac(key: bytes, previous: bytes, who: str) -> None:
+    entry = Entry(action="get", addr="", node="n", outcome="allowed", request_id="r", seq=1,
+                  status=200, ts="", who=who)  # fmt: skip
+    line, mac = Chainer(key).line(previous, entry)
+    parsed = read_line(line)
+    assert parsed is not None
+    assert mac == mac_of(key, previous, parsed[1]) == bytes.fromhex(parsed[0].mac)
