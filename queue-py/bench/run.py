@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -325,6 +326,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.seconds, args.rounds = 0.5, 1
+    # Ended by a time limit, too, it stops what it started and prints what it has.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     factory = import_module("uvloop").new_event_loop if sys.platform != "win32" else None
     root = Path(tempfile.mkdtemp(prefix="queue-bench-", dir=args.dir))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import msgspec
@@ -52,6 +53,7 @@ class Plain(NamedTuple):
 
 Meta = MessageMeta | DedupeMark
 PRIORITY_BITS: Final = 4
+SHORT_BYTES: Final = 128
 UNREADABLE_BYTES: Final = 256
 """Kept of a meta that nobody can read, to report it."""
 _decoder: Final[msgspec.msgpack.Decoder[Meta]] = msgspec.msgpack.Decoder(Meta)
@@ -71,6 +73,11 @@ def decode(raw: bytes) -> Meta:
 def digest(raw: bytes) -> Plain | bytes:
     """What a node keeps in memory of a stored put: a million of them must fit. Of a message that is
     not plain: its meta without headers and past, which stay on disk beside the body."""
+    # Plain messages that were stored together have one and the same meta.
+    return _digest_short(raw) if len(raw) <= SHORT_BYTES else _digest(raw)
+
+
+def _digest(raw: bytes) -> Plain | bytes:
     try:
         meta = _decoder.decode(raw)
     except msgspec.MsgspecError:
@@ -82,6 +89,9 @@ def digest(raw: bytes) -> Plain | bytes:
     if meta.headers is None and meta.origin is None:
         return raw
     return _encoder.encode(msgspec.structs.replace(meta, headers=None, origin=None))
+
+
+_digest_short = lru_cache(maxsize=256)(_digest)
 
 
 def meta_of(queue: str, message: NewMessage, now_ms: int, wall_ms: int) -> MessageMeta:
