@@ -37,6 +37,7 @@ from message_queue.core.operations import (
     unknown_outcome,
 )
 from message_queue.dead_letters import Mover
+from message_queue.memory import MessageMemory
 from message_queue.metrics import Metrics
 from message_queue.storage.log import Trouble
 from message_queue.storage.store import Store
@@ -84,6 +85,8 @@ class Delivered:
 class Surroundings(Protocol):
     """What a host asks of the node."""
 
+    memory: MessageMemory
+
     def cluster_ms(self) -> int:
         """Cluster time."""
 
@@ -98,12 +101,6 @@ class Surroundings(Protocol):
 
     def time_matters(self, host: Host) -> None:
         """Call `host.tick` from now on, until it says that nothing waits."""
-
-    def keep_bodies(self) -> bool:
-        """Whether bodies may still be kept in memory."""
-
-    def memory_full(self) -> bool:
-        """Whether new messages must be put off until some are gone."""
 
     def report_damage(self, partition: int, lost: Spans) -> None:
         """Stored records turned out unreadable."""
@@ -278,7 +275,7 @@ class Host:
             return refusal(507, str(trouble.value), 5)
         if trouble is Trouble.FAILING:
             return refusal(503, str(trouble.value), 1, definite=True)
-        if self.around.memory_full():
+        if self.around.memory.full:
             return refusal(429, "Node's memory is full of messages", 5)
         if self.store.queued_bytes + self.owner.storing_bytes > QUEUED_BYTES:
             return refusal(429, "Node is busy storing", 1)
@@ -330,7 +327,7 @@ class Host:
     def committed(self, upto: int, now_ms: int) -> None:
         """Records up to this seq are stored on a majority: answer, and deliver if that is ours."""
         owner = self.owner
-        owner.keep_bodies = self.around.keep_bodies()
+        owner.keep_bodies = self.around.memory.keep_bodies
         if not self.around.may_serve(self.partition):
             # Stored, but handed over meanwhile (or about to be): the successor delivers it.
             owner.delivery.paused = True

@@ -41,6 +41,7 @@ from message_queue.core.replication.drafts import Accepted, NotOwner
 from message_queue.core.replication.effects import Effects, Gained, Lost, Read
 from message_queue.core.replication.replicator import Replicator
 from message_queue.hosting import Host
+from message_queue.memory import MessageMemory
 from message_queue.metrics import Metrics
 from message_queue.notes import Notes
 from message_queue.ring_keeper import RingKeeper
@@ -63,8 +64,6 @@ CALM_WATCH_MS = 1_000
 GENESIS_MS = 3_000
 BATCHES_IN_FLIGHT = 1
 BATCH_BYTES = 4 << 20
-METADATA_SHARE = 2
-"""What is known of messages may take this many times `--memory_bytes` besides."""
 
 
 class Node:
@@ -102,12 +101,9 @@ class Node:
         self._notes = Notes(metrics, events)
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving = Serving(self.send, self.router.here, self.router.begin_here)
-        self._keep_bodies = True
-        self._memory_full = False
+        self.memory = MessageMemory(config.memory_bytes)
         self._stirred = True
         """Something was stored since the memory was looked at."""
-        self.memory_used = 0
-        """About what messages take in memory, in bytes (as of the last tick)."""
         self._leases_due: dict[int, int] = {}
         self._serves: dict[int, bool] = {}
         self._serves_ms = 0
@@ -351,14 +347,6 @@ class Node:
             case other:
                 assert_never(other)
 
-    def keep_bodies(self) -> bool:
-        """Whether bodies may still be kept in memory (as of the last tick)."""
-        return self._keep_bodies
-
-    def memory_full(self) -> bool:
-        """Whether new messages must be put off (as of the last tick)."""
-        return self._memory_full
-
     def report_damage(self, partition: int, lost: Spans) -> None:
         """Records are unreadable here: fetch them again."""
         self.metrics.damaged_records += len(lost)
@@ -427,7 +415,8 @@ class Node:
                 self._pass_leases_on(now_ms)
                 if self._stirred:
                     self._stirred = False
-                    self._look_at_memory()
+                    in_play = sum(host.owner.memory_bytes for host in self.hosts.values())
+                    self.memory.look(in_play, self.store.index_bytes)
                 self.apply(self.replicator.tick(now_ms))
             loop_s = loop.time()
             if now_ms >= watch_due_ms:
@@ -451,15 +440,6 @@ class Node:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._time_matters.wait(), pause_s)
             await asyncio.sleep(max(0.0, loop_s + TICK_S - loop.time()))
-
-    def _look_at_memory(self) -> None:
-        """Bodies, and messages that merely wait, are in memory as far as there is room. What
-        cannot leave it (leases, delays, lifetimes, groups, the index) has a bound as well."""
-        used = sum(h.owner.memory_bytes for h in self.hosts.values())
-        limit = self.config.memory_bytes
-        self._keep_bodies = used < limit
-        self.memory_used = used + self.store.index_bytes
-        self._memory_full = self.memory_used > limit + METADATA_SHARE * limit
 
     def _pause(self, partition: int) -> None:
         """A partition is about to be handed over and hands nothing out any more: its leases as they

@@ -395,7 +395,7 @@ class Router:
             "owned_partitions": len(node.hosts),
             "peers_connected": node.metrics.peers_connected,
             "messages": sum(h.owner.delivery.held for h in node.hosts.values()),
-            "message_memory_bytes": node.memory_used,
+            "message_memory_bytes": node.memory.used,
             "disk": node.store.trouble.value if node.store.trouble else "ok",
             "storage": node.store.figures(),
         }

@@ -41,6 +41,7 @@ from message_queue.core.placement.ring import partition_of
 from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft
 from message_queue.core.replication.state import PartitionState
 from message_queue.hosting import Host
+from message_queue.memory import MessageMemory
 from message_queue.metrics import Metrics
 from message_queue.storage.log import Fsync, Trouble
 from message_queue.storage.store import Store
@@ -52,8 +53,7 @@ class House:
     def __init__(self) -> None:
         self.store: Store
         self.hosts: dict[int, Host] = {}
-        self.keep = True
-        self.full = False
+        self.memory = MessageMemory(1 << 27)
         self.now_ms = 1_000
         self.epoch = 65
         self.refuse: Callable[[Operation], Answer | None] = lambda _: None
@@ -114,12 +114,6 @@ class House:
 
     def may_serve(self, partition: int) -> bool:
         return partition in self.hosts
-
-    def keep_bodies(self) -> bool:
-        return self.keep
-
-    def memory_full(self) -> bool:
-        return self.full
 
     def time_matters(self, host: Host) -> None:
         pass
@@ -232,12 +226,12 @@ def length(house: House, queue: str) -> int:
 async def test_messages_without_memory_are_delivered_in_order_with_their_headers(
     house: House,
 ) -> None:
-    (await house.host("q")).owner.keep_bodies = house.keep = False
+    (await house.host("q")).owner.keep_bodies = house.memory.keep_bodies = False
     ids = await fill(house, "q", 700)
     delivery = (await house.host("q")).owner.delivery
     assert delivery.length("q") == 700
     assert delivery.memory_bytes == 0
-    house.keep = True
+    house.memory.keep_bodies = True
     ids += await fill(house, "q", 300)
     for first in range(0, 1000, 90):
         got = await consume(house, "q", 90)
@@ -247,7 +241,7 @@ async def test_messages_without_memory_are_delivered_in_order_with_their_headers
 
 async def test_a_purge_ends_what_lies_only_on_disk_for_the_next_owner_too(house: House) -> None:
     await house.host("q")
-    house.hosts[partition_of("q")].owner.keep_bodies = house.keep = False
+    house.hosts[partition_of("q")].owner.keep_bodies = house.memory.keep_bodies = False
     await fill(house, "q", 300)
     await fill(house, "q", 5, group_id="g")
     answer = await house.ask(Purge("q"))
@@ -260,7 +254,7 @@ async def test_a_purge_ends_what_lies_only_on_disk_for_the_next_owner_too(house:
 
 async def test_an_ack_of_what_is_being_purged_waits_for_the_purge(house: House) -> None:
     host = await house.host("q")
-    host.owner.keep_bodies = house.keep = False
+    host.owner.keep_bodies = house.memory.keep_bodies = False
     name = parse_id((await fill(house, "q", 3))[1])
     assert name is not None
     host.owner.purge(99, "q", delete=False)
@@ -376,7 +370,7 @@ async def test_without_room_messages_are_refused_and_acks_are_taken(
 ) -> None:
     await fill(house, "q", 3)
     house.store._log.trouble = trouble
-    house.full = trouble is None
+    house.memory.full = trouble is None
     answer = await house.ask(Produce("q", (NewMessage(b"1"),)))
     assert answer.status == status
     assert answer.retry_after_s
@@ -393,7 +387,7 @@ async def test_without_room_messages_are_refused_and_acks_are_taken(
 
 async def test_retention_ends_messages_that_lie_only_on_disk(house: House) -> None:
     host = await house.host("q")
-    host.owner.keep_bodies = house.keep = False
+    host.owner.keep_bodies = house.memory.keep_bodies = False
     await house.ask(Configure("q", b'{"retention_ms":5000}'))
     await fill(house, "q", 600)
     house.now_ms += 4_000

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from message_queue.core.ids import message_id, pack_dot, parse_id, unpack_dot
 
 
+@settings(deadline=None)
 @given(st.integers(0, 4095), st.integers(1, 2**53), st.integers(1, 2**40 - 1))
 def test_an_id_names_its_message(partition: int, epoch: int, seq: int) -> None:
     dot = pack_dot(epoch, seq)
@@ -15,6 +16,7 @@ def test_an_id_names_its_message(partition: int, epoch: int, seq: int) -> None:
     assert parse_id(message_id(partition, dot)) == (partition, dot)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_made_up_ids_are_none(text: str) -> None:
     name = parse_id(text)

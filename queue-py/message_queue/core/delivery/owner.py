@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import msgspec
 
 from message_queue.core.delivery import stored
+from message_queue.core.delivery.answers import created, returned
 from message_queue.core.delivery.backlog import Purged, Shelf, ShelfPart
 from message_queue.core.delivery.dedupe import DedupeWindow, Mark
 from message_queue.core.delivery.leases import decode_leases, encode_leases
@@ -236,14 +237,14 @@ class PartitionOwner:
         else:
             verdict = self.delivery.nack(op.dot, receipt, op.delay_ms, now_ms)
         self._events(now_ms)
-        return self._verdict(verdict, op.dot, "returned")
+        return returned(self.partition, op.dot, verdict, "returned")
 
     def extend(self, op: Extend, now_ms: int) -> Answer:
         """Lengthen a lease."""
         receipt = parse_receipt(op.receipt) if op.receipt is not None else None
         verdict = self.delivery.extend(op.dot, receipt, op.visibility_ms, now_ms)
         self._events(now_ms)
-        return self._verdict(verdict, op.dot, "extended")
+        return returned(self.partition, op.dot, verdict, "extended")
 
     def configure(self, token: int, op: Configure) -> Answer | None:
         """Change settings: those named in `changes`, the others stay."""
@@ -459,22 +460,7 @@ class PartitionOwner:
         dots = [
             p.message_dot if isinstance(p, Mark) else pack_dot(self.epoch, p) for p in item.pieces
         ]
-        status = 201 if item.new else 200
-        if item.batch:
-            ids = [message_id(self.partition, dot) for dot in dots]
-            body_out: dict[str, object] = {"ids": ids, "queue": item.queue, "status": "created"}
-            repeated = [n for n, p in enumerate(item.pieces) if isinstance(p, Mark)]
-            if repeated:
-                body_out["duplicates"] = repeated
-                body_out["duplicate"] = not item.new
-            text = _json.encode(body_out)
-            self._finish(item.token, Answer(status, text, messages=len(item.new)))
-            return
-        name = message_id(self.partition, dots[0]).encode()
-        queue = _json.encode(item.queue)
-        tail = b"}" if item.new else b',"duplicate":true}'
-        text = b'{"id":"%b","queue":%b,"status":"created"%b' % (name, queue, tail)
-        self._finish(item.token, Answer(status, text, messages=len(item.new)))
+        self._finish(item.token, created(self.partition, item, dots))
 
     def _undo(self, pending: Pending, now_ms: int) -> None:
         match pending:
@@ -504,18 +490,3 @@ class PartitionOwner:
             if expired:
                 self._end(0, expired, None)
             self.dead_letters += [e.entry for e in endings if e.reason is Ended.EXHAUSTED]
-
-    def _verdict(self, verdict: Verdict, dot: int, word: str) -> Answer:
-        match verdict:
-            case Verdict.DONE:
-                return Answer(200, b'{"status":"%b"}' % word.encode())
-            case Verdict.OVERTAKEN:
-                return refusal(409, "Receipt overtaken by another delivery")
-            case Verdict.NOT_LEASED:
-                return refusal(409, "Message is not leased")
-            case Verdict.TOO_LONG:
-                return refusal(400, "Invalid field", field="visibility_ms", detail="12 h in total")
-            case Verdict.SETTLING:
-                return refusal(409, "Message is being settled")
-            case Verdict.UNKNOWN:
-                return refusal(404, "Message not found", id=message_id(self.partition, dot))
