@@ -76,15 +76,18 @@ class Naive:
         self.ghost = self.ghost[-max(1, self.capacity - self.share) :]
 
 
-KEYS = st.integers(0, 25)
-CALLS = st.lists(st.tuples(st.sampled_from(["use", "use", "use", "lose"]), KEYS), max_size=150)
-
-
-@given(capacity=st.integers(1, 21), calls=CALLS)
+@given(
+    capacity=st.sampled_from([1, 2, 3, 4, 5, 21]),
+    seed=st.integers(0, 1 << 32),
+    keys=st.integers(2, 30),
+)
 @settings(max_examples=150, deadline=None)
 def test_s3fifo_holds_exactly_the_lines_that_the_naive_model_holds(
-    capacity: int, calls: list[tuple[str, int]]
+    capacity: int, seed: int, keys: int
 ) -> None:
+    rng = random.Random(seed)
+    kinds = rng.choices(("use", "lose"), (9, 1), k=150)
+    calls = [(kind, rng.randrange(keys)) for kind in kinds]
     held, naive, session = S3Fifo(capacity), Naive(capacity), Session(1)
     for kind, number in calls:
         key = f"k{number}"
@@ -126,6 +129,16 @@ def test_a_cache_under_s3fifo_keeps_its_capacity_and_its_values(
         naive.use(key)
         assert [line.key for line in cache.lines.in_order()] == naive.held()
         check_machine(net.machines["b"])
+
+
+def test_who_comes_back_from_the_ghost_queue_goes_to_the_main_one() -> None:
+    held, session = S3Fifo(4), Session(1)
+    for key in "abcdea":
+        while len(held) >= 4:
+            held.remove(held.victim())
+        held.add(Line(key, "home", session))
+    assert list(held.main) == ["a"]
+    assert "a" not in held.ghost
 
 
 def hit_ratio(policy: Policy, capacity: int, trace: list[int]) -> float:
