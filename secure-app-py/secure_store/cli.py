@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def parser() -> Parser:
     # Here, because a node need not wait for the commands' imports, nor a command for the node's.
-    from secure_store.commands import access, audit, doctor, keeping
+    from secure_store.commands import access, audit, doctor, keeping, quarantine
     from secure_store.commands.terminal import Parser
 
     p = Parser(
@@ -29,7 +29,7 @@ def parser() -> Parser:
         "see main.py --help.)",
     )
     commands = p.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for room in (keeping, access, audit, doctor):
+    for room in (keeping, access, audit, doctor, quarantine):
         room.add(commands)
     return p
 

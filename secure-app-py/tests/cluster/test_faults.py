@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -187,6 +188,10 @@ async def test_a_hasty_promotion_is_refused_and_a_forced_one_quarantines(tmp_pat
             assert (await kit.get(old, "/get?key=lone")).status == 404
             assert (await kit.set_value(old, "a", 1)).status == 421
         assert list((tmp_path / "data" / "nodeA").glob("quarantine-epoch1-*.db"))
+        shown = kit.command(tmp_path, "quarantine", "--id", "nodeA")
+        assert shown.returncode == 0, shown.stderr
+        (lone,) = [json.loads(line) for line in shown.stdout.splitlines()]
+        assert (lone["change"], lone["key"], lone["value"]) == ("set", "lone", 1)
 
 
 async def test_a_wiped_primary_is_refused_by_both(tmp_path: Path) -> None:
