@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 METADATA_SHARE = 2
-"""What cannot leave memory may take this many times `--memory_bytes` besides."""
+"""What cannot leave memory may take this many times `--memory_bytes` besides,"""
+METADATA_LEAST = 256 << 20
+"""or this much, if that is more: a small memory for bodies is no limit on how many there are."""
 
 
 class MessageMemory:
@@ -26,4 +28,4 @@ class MessageMemory:
         """`in_play`: bytes of messages in play with their bodies; `index`: of the index."""
         self.keep_bodies = in_play < self._limit
         self.used = in_play + index
-        self.full = self.used > self._limit + METADATA_SHARE * self._limit
+        self.full = self.used > self._limit + max(METADATA_SHARE * self._limit, METADATA_LEAST)

@@ -398,3 +398,15 @@ async def test_retention_ends_messages_that_lie_only_on_disk(house: House) -> No
         host.after()
     await until(lambda: length(house, "q") == 10)
     assert len(await consume(house, "q", 100)) == 10
+
+
+def test_memory_is_full_only_of_what_cannot_leave_it() -> None:
+    memory = MessageMemory(1 << 20)
+    memory.look(in_play=2 << 20, index=100 << 20)
+    assert not memory.keep_bodies
+    assert not memory.full, "a small memory for bodies must not limit how many messages there are"
+    memory.look(in_play=200 << 20, index=100 << 20)
+    assert memory.full
+    memory.look(in_play=0, index=100 << 20)
+    assert memory.keep_bodies
+    assert not memory.full
