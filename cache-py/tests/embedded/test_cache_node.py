@@ -94,6 +94,8 @@ async def test_a_change_with_a_name_counts_once_whichever_node_is_asked_again(
         for node in (a, b):
             with pytest.raises(KeyReused):
                 await node.incr("n", 6, once="one")
+            with pytest.raises(KeyReused):  # nor for another key, whose home has never seen it
+                await node.incr(f"other of {node.url}", 5, once="one")
         with pytest.raises(ValueError, match="once"):
             await a.incr("n", once="")
         assert await a.get("n") == 5
