@@ -206,3 +206,34 @@ async def test_every_acknowledged_write_has_its_audit_line_through_kills(tmp_pat
     assert max(records.values()) == 1, "a record was told twice"
     told = {entry["request_id"] for entry in entries if entry.get("record")}
     assert set(acknowledged) <= told
+
+
+async def test_a_client_that_goes_away_does_not_undo_what_it_began(tmp_path: Path) -> None:
+    """A cancelled wait is no rollback: the write is decided, readable, and has its line."""
+    async with kit.pair(tmp_path) as cluster, cluster.client(0) as admin:
+        await kit.set_value(admin, "k", "before")
+        before = await last_seq(admin)
+        cluster.pause(1)  # the write is begun, and cannot be decided yet
+        host, port = cluster.views[0].bind().split(":")
+        _, writer = await asyncio.open_connection(host, int(port), ssl=cluster.tls)
+        body = b'{"key":"k","value":"after"}'
+        writer.write(
+            b"POST /set HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer token-admin-123\r\n"
+            b"X-Request-Id: went-away\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+
+        async def begun() -> bool:
+            return await last_seq(admin) > before
+
+        await kit.eventually(begun)
+        writer.transport.abort()
+        cluster.resume(1)
+
+        async def decided() -> bool:
+            return (await kit.get(admin, "/get?key=k")).json["value"] == "after"
+
+        await kit.eventually(decided)
+        assert await cluster.terminate_all() == [0, 0]
+    log = (tmp_path / "data" / "nodeA" / "audit" / "audit.log").read_bytes().splitlines()
+    mine = [entry for entry in map(json.loads, log) if entry["request_id"] == "went-away"]
+    assert [e["record"] for e in mine if e["outcome"] == "allowed"] == [before + 1]
