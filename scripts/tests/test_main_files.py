@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -43,7 +42,7 @@ def test_a_signal_during_the_imports_is_a_stop_like_any_other(
         "        pass\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "main.py", "--id=a"], cwd=tmp_path, stderr=subprocess.PIPE, env={**os.environ}
+        [sys.executable, "main.py", "--id=a"], cwd=tmp_path, stderr=subprocess.PIPE
     )
     try:
         deadline = time.monotonic() + 30
