@@ -23,6 +23,7 @@ def flat(spans: object) -> set[tuple[int, int]]:
     return {(e, s) for e, first, last in spans for s in range(first, last + 1)}
 
 
+@settings(deadline=None)
 @given(SPANS, SPANS, SPANS)
 def test_a_dot_set_is_a_set_of_dots(added: list, removed: list, other: list) -> None:
     dots = DotSet(added)
@@ -47,6 +48,7 @@ def test_a_dot_set_is_a_set_of_dots(added: list, removed: list, other: list) -> 
     assert len(union) == len(model | flat(other))
 
 
+@settings(deadline=None)
 @given(SPANS, SPANS)
 def test_intervals_are_a_set_of_dots(added: list, removed: list) -> None:
     intervals = Intervals(added)
@@ -97,7 +99,7 @@ def fold(entries: list[Entry]) -> RecordSet:
     return records
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_the_union_is_what_somebody_who_saw_everything_holds(data: st.DataObject) -> None:
     """Whatever part of a history each replica has, in whatever order and however often it came, the
