@@ -120,7 +120,7 @@ def load(
         database.end_read()
         applied = database.applied()
         recovered = database.read_log(applied.seq, 1 << 62, 1 << 62)
-        if recovered is None:
+        if recovered is None or (recovered and recovered[-1].position != database.last()):
             raise ConfigError(f"{config.data_dir}: the log has a gap after record {applied.seq}")
         state, fx = machine.start(
             node_id=config.node_id,

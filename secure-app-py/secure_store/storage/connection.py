@@ -50,11 +50,13 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 class Tally(msgspec.Struct, frozen=True, array_like=True):
-    """What the store holds, as of its last commit: the set hash, the row count, the log's end."""
+    """What the store holds, as of its last commit: the set hash, the row count, and of the log its
+    end and its length (which say where it begins: it has no gaps)."""
 
     marks: bytes
     rows: int
     log_end: Position
+    log_rows: int
 
 
 _decode_tally = msgspec.msgpack.Decoder(Tally).decode
@@ -97,6 +99,7 @@ class Connection:
         self._marks = 0
         self._rows = 0
         self._log_end = ORIGIN
+        self._log_rows = 0
         self._loaded = False
         self._changed = False
         try:
@@ -150,7 +153,8 @@ class Connection:
     def commit(self) -> None:
         """Durable when this returns (WAL, synchronous=FULL)."""
         if self._changed:
-            tally = Tally(self._marks.to_bytes(MARK_BYTES, "big"), self._rows, self._log_end)
+            marks = self._marks.to_bytes(MARK_BYTES, "big")
+            tally = Tally(marks, self._rows, self._log_end, self._log_rows)
             sealed = self.keyring.seal(meta_name(_TALLY), encode(tally))
             self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_TALLY, sealed))
             self._changed = False
@@ -188,9 +192,14 @@ class Connection:
         self._rows -= 1
         self._changed = True
 
-    def log_ends(self, position: Position) -> None:
+    def log_grew(self, position: Position, rows: int) -> None:
+        """The log has so many more rows (fewer, if negative), and ends here."""
         self._log_end = position
+        self._log_rows += rows
         self._changed = True
+
+    def log_emptied(self, position: Position) -> None:
+        self.log_grew(position, -self._log_rows)
 
     def empty_tally(self) -> None:
         """Everything that is counted has been deleted, but for the rows of `meta`."""
@@ -213,10 +222,10 @@ class Connection:
     def _load_tally(self) -> None:
         found = self.tally()
         if found is None:
-            self._marks, self._rows, self._log_end = 0, 0, ORIGIN
+            self._marks, self._rows, self._log_end, self._log_rows = 0, 0, ORIGIN, 0
         else:
             self._marks = int.from_bytes(found.marks, "big")
-            self._rows, self._log_end = found.rows, found.log_end
+            self._rows, self._log_end, self._log_rows = found.rows, found.log_end, found.log_rows
         self._loaded = True
 
     # --- meta ---------------------------------------------------------------------------------

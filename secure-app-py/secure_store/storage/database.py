@@ -61,7 +61,7 @@ class Database(Fold):
         """Add to the log; returns the bytes written."""
         rows = [(r.seq, self.keyring.seal(log_name(r.seq), encode(r))) for r in records]
         self.db.executemany("INSERT INTO log VALUES (?, ?)", rows)
-        self.log_ends(records[-1].position)
+        self.log_grew(records[-1].position, len(rows))
         return sum(len(sealed) for _, sealed in rows)
 
     def _open_record(self, seq: int, sealed: bytes) -> Record:
@@ -107,7 +107,8 @@ class Database(Fold):
         return (row[0] or 0, row[1], row[2] or 0)
 
     def trim_log(self, below_seq: int) -> None:
-        self.db.execute("DELETE FROM log WHERE seq < ?", (below_seq,))
+        gone = self.db.execute("DELETE FROM log WHERE seq < ?", (below_seq,)).rowcount
+        self.log_grew(self._log_end, -gone)
 
     # --- what is wrong ------------------------------------------------------------------------
 
@@ -130,6 +131,10 @@ class Database(Fold):
             raise Damaged(f"{tally.rows} rows were stored and {rows} are there")
         if marks.to_bytes(MARK_BYTES, "big") != tally.marks:
             raise Damaged("stored rows were replaced by others")
+        begins = tally.log_end.seq - tally.log_rows + 1
+        found = [seq for (seq,) in self.db.execute("SELECT seq FROM log ORDER BY seq")]
+        if found != list(range(begins, tally.log_end.seq + 1)):
+            raise Damaged(f"the log had {tally.log_rows} records from record {begins} on")
         if self.last() != tally.log_end:
             raise Damaged(f"the log ended at record {tally.log_end.seq}, and does no more")
 
@@ -140,7 +145,9 @@ class Database(Fold):
                 yield meta_name(name), head
         for key, head in self.db.execute(f"SELECT key, {HEAD} FROM keys"):  # noqa: S608 - constant
             yield key_name(key), head
-        for key, version, head in self.db.execute(f"SELECT key, version, {HEAD} FROM vals"):  # noqa: S608 - constant
+        # By the index that reads use: names come from it, what they lead to from the table.
+        values = f"SELECT key, version, {HEAD} FROM vals INDEXED BY sqlite_autoindex_vals_1 "  # noqa: S608 - constant
+        for key, version, head in self.db.execute(values + "ORDER BY key, version"):
             yield value_name(key, version), head
         for table in ("tokens", "policies"):
             for name, head in self.db.execute(f"SELECT name, {HEAD} FROM {table}"):  # noqa: S608 - constants
@@ -229,7 +236,7 @@ class Database(Fold):
             self.install_row(_decode_row(self.keyring.open(b"staged", sealed)))
         self.db.execute("DELETE FROM staged")
         self.put_meta("applied", encode(position))
-        self.log_ends(position)
+        self.log_emptied(position)
         self.save_told(Told(position.seq, self.load_told().line))
         self.save_state(state)
 
@@ -239,7 +246,7 @@ class Database(Fold):
         """Forget every record: the fold is the state at `position`."""
         self.db.execute("DELETE FROM log")
         self.put_meta("applied", encode(position))
-        self.log_ends(position)
+        self.log_emptied(position)
 
     def drop_tokens(self) -> None:
         """Forget every token, and every remembered answer."""
