@@ -33,6 +33,8 @@ from peers import PEERS
 from systems import Ours, Session, System, installed
 
 BATCH = 100
+FILL_S = 20.0
+"""Who takes no more than this many seconds' worth is left out of depth and recovery."""
 PREFETCH = 4
 """Deliveries that a consumer of single messages may hold."""
 
@@ -201,7 +203,8 @@ class Bench:
                 if depth > 100_000 and not isinstance(system, Ours):
                     continue
                 await system.fresh()
-                await fill(system, depth)
+                if await fill(system, depth) < depth:
+                    continue
                 sessions = await self.sessions(system, 1)
                 await sessions[0].subscribe(3 * BATCH)
 
@@ -217,7 +220,8 @@ class Bench:
         for system in self.systems:
             await system.fresh()
             count = 100_000 if not self.args.quick else 10_000
-            await fill(system, count)
+            if await fill(system, count) < count:
+                continue
             system.kill()
             began = time.perf_counter()
             await system.start()
@@ -241,20 +245,22 @@ async def received(consumer: Session) -> None:
         pass
 
 
-async def fill(system: System, count: int) -> None:
-    """Store that many messages of 256 B, in batches."""
+async def fill(system: System, count: int) -> int:
+    """Store that many messages of 256 B, in batches; how many it took in `FILL_S` at most."""
+    give_up = time.perf_counter() + FILL_S
     sessions = [await system.connect() for _ in range(4)]
     left = count // BATCH
 
     async def work(session: Session) -> None:
         nonlocal left
-        while left > 0:
+        while left > 0 and time.perf_counter() < give_up:
             left -= 1
             await session.produce_many([b"x" * 256] * BATCH)
 
     await asyncio.gather(*(work(session) for session in sessions))
     for session in sessions:
         session.close()
+    return count - left * BATCH
 
 
 def floor(root: Path) -> None:
@@ -299,9 +305,10 @@ async def run(args: argparse.Namespace, root: Path) -> None:
             await {"produce": bench.produce, "consume": bench.consume, "depth": bench.depth,
                    "end_to_end": bench.end_to_end, "recovery": bench.recovery}[part]()  # fmt: skip
     finally:
+        table.print()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is left behind
         for system in systems:
             system.stop()
-        table.print()
 
 
 def _made(path: Path) -> Path:

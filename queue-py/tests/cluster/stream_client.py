@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import TracebackType
 from typing import Any
 
@@ -66,10 +67,15 @@ class StreamClient:
         return True
 
     async def ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        """One item and its answer."""
-        self._cid += 1
-        await self.send({"op": op, "cid": self._cid, **fields})
-        return await self.answer(self._cid)
+        """One item and its answer; again while a slow machine has just lost the queue's owner."""
+        give_up = time.monotonic() + DEADLINE_S
+        while True:
+            self._cid += 1
+            await self.send({"op": op, "cid": self._cid, **fields})
+            answer = await self.answer(self._cid)
+            ownerless = answer["status"] == 503 and answer["body"].get("definite")
+            if not ownerless or time.monotonic() > give_up:
+                return answer
 
     async def answer(self, cid: Any) -> dict[str, Any]:
         """The answer to an item that was sent."""
