@@ -238,7 +238,8 @@ async def test_a_backup_is_restored_as_a_cluster_of_its_own(tmp_path: Path) -> N
         await cluster.nodes[0].wait_log("Replica belongs to another cluster")
         async with cluster.client(0) as admin:
             assert (await kit.get(admin, "/get?key=kept")).json["value"] == "before"
-            assert "restored" in (tmp_path / "data/nodeA/audit/audit.log").read_text()
+            audit = tmp_path / "data" / "nodeA" / "audit" / "audit.log"
+            await kit.eventually(lambda: _reached(lambda: "restored" in audit.read_text()))
         async with cluster.client(1) as old:
             assert (await kit.get(old, "/get?key=kept")).json["value"] == "after"
         # An empty one joins, though nothing was written since.
