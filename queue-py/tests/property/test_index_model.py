@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -119,6 +119,7 @@ TestIndex.settings = settings(
     max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "20")),
     stateful_step_count=20,
     deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 STEPS = st.lists(
@@ -127,7 +128,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(STEPS, st.booleans())
 def test_a_backlog_is_a_list_sorted_by_priority_and_dot(
     steps: list[tuple[str, int, int]], refused: bool
