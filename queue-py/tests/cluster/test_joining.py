@@ -52,10 +52,18 @@ async def founded(root: Path, size: int = 4) -> AsyncIterator[Cluster]:
 
 
 async def ask(cluster: Cluster, index: int, path: str, body: object) -> Reply:
-    async with cluster.client(index) as client:
-        reply = await client.post(path, body)
-    assert isinstance(reply, Reply), reply
-    return reply
+    found: list[Reply] = []
+
+    async def answered() -> bool:
+        # 503: some partition is just changing hands; the client is told to come again.
+        async with cluster.client(index) as client:
+            reply = await client.post(path, body)
+        assert isinstance(reply, Reply), reply
+        found.append(reply)
+        return reply.status != 503
+
+    await until(f"{path} is answered", answered)
+    return found[-1]
 
 
 async def ring(cluster: Cluster, index: int) -> dict[str, Any]:
