@@ -117,8 +117,6 @@ class Engine:
         applied = self._reader.applied().seq
         self._viewed_seq = applied
         self._keep(tuple(recovered))
-        if self.state.wished.role is Role.PRIMARY:
-            self._view_undecided()  # reads must know which keys are open
         writer.start()
         self._stepping = True
         self._run(fx)
@@ -265,20 +263,21 @@ class Engine:
             self.writer.persist(fx.persist)
 
     def _keep(self, records: tuple[Record, ...]) -> None:
-        """Appended records wait here for their decision."""
+        """Appended records wait here for their decision. The head view is brought up to the log's
+        end at once, also by a replica and by a primary that takes over its replica's tail: a record
+        may be decided in this very step, and who plans next plans on the head."""
         for record in records:
             if self._planned and self._planned[0][0] == record.seq:
                 changes = self._planned.popleft()[1]
             else:
                 changes = decode_changes(record.payload)
             self._undecided.append((record, changes))
+            self._view_head(record, changes)
 
-    def _view_undecided(self) -> None:
-        """Bring the head view up to the log's end (only a primary, who plans, needs it)."""
-        for record, changes in self._undecided:
-            if record.seq > self._viewed_seq:
-                self.view.append(changes, record.seq)
-                self._viewed_seq = record.seq
+    def _view_head(self, record: Record, changes: tuple[Change, ...]) -> None:
+        if record.seq > self._viewed_seq:
+            self.view.append(changes, record.seq)
+            self._viewed_seq = record.seq
 
     def _send(self, messages: list[tuple[int, Message]]) -> None:
         if self.links is None:
@@ -317,11 +316,12 @@ class Engine:
         self.view.reset()
         self._on_reset(self.state.shown_seq)
         self._viewed_seq = self.state.shown_seq
+        for record, changes in self._undecided:
+            self._view_head(record, changes)
 
     def _admit(self, requests: list[int]) -> None:
         """Plan admitted writes, each on top of the ones before it, and append what they change."""
         entries: list[tuple[int, bytes]] = []
-        self._view_undecided()
         seq = self.state.last.seq
         now_ms = wall_ms()
         for request in requests:
