@@ -22,8 +22,10 @@ class Ledger:
     def __init__(self, node_id: str, audit: AuditLog) -> None:
         self._node_id = node_id
         self._audit = audit
-        self._found: set[tuple[int, str, str]] = set()
-        self._due: deque[Told] = deque()  # decided, in order, the line perhaps not durable
+        # By record: what the last run wrote of records whose decision this run has not seen yet.
+        self._found: dict[int, set[tuple[str, str]]] = {}
+        # Decided, in order, with the line that must be durable before it may be saved.
+        self._due: deque[tuple[Told, int]] = deque()
         self._told = Told()
         self._shown_seq = 0
         self.installs = 0
@@ -33,7 +35,10 @@ class Ledger:
         `shown_seq`; gives how many. (What is decided later gets its line then, once.)"""
         self._told = told
         self._shown_seq = told.record
-        self._found = self._audit.records_since(told.line)
+        self._found = {}
+        for seq, request_id, stamp in self._audit.records_since(told.line):
+            if seq > told.record:
+                self._found.setdefault(seq, set()).add((request_id, stamp))
         before = self._audit.noted_seq
         for record in kept:
             if record.seq <= shown_seq:
@@ -47,22 +52,22 @@ class Ledger:
         if seq <= self._shown_seq:
             return 0
         self._shown_seq = seq
+        found = self._found.pop(seq, set())
         line = 0
         if changes and isinstance(audited := changes[-1], Audited):
-            line = self._write(audited, seq, detail)
+            line = self._write(audited, seq, detail, found)
         after = self._audit.noted_seq
-        if self._due and self._due[-1].line == after:
-            self._due[-1] = Told(seq, after)
-        else:
-            self._due.append(Told(seq, after))
+        # A start looks behind the saved line only: it must not pass those that were found.
+        told = Told(seq, self._told.line if self._found else after)
+        if self._due and self._due[-1][1] == after and self._due[-1][0].line == told.line:
+            self._due.pop()
+        self._due.append((told, after))
         return line
 
-    def _write(self, audited: Audited, seq: int, detail: str) -> int:
+    def _write(self, audited: Audited, seq: int, detail: str, found: set[tuple[str, str]]) -> int:
         if audited.node != self._node_id:
             return 0
-        name = (seq, audited.request_id, self._audit.stamp(audited.at_ms))
-        if name in self._found:
-            self._found.discard(name)
+        if (audited.request_id, self._audit.stamp(audited.at_ms)) in found:
             return 0
         self._audit.note(
             audited.action,
@@ -80,13 +85,14 @@ class Ledger:
 
     def settled(self) -> Told:
         """What may be saved now. (Called every tick, so that little waits here.)"""
-        while self._due and self._due[0].line <= self._audit.seq:
-            self._told = self._due.popleft()
+        while self._due and self._due[0][1] <= self._audit.seq:
+            self._told = self._due.popleft()[0]
         return self._told
 
     def replaced(self, seq: int) -> None:
         """A snapshot that ends at record `seq` has replaced this node's history."""
         self._due.clear()
+        self._found.clear()
         self._shown_seq = seq
         self._told = Told(seq, self._told.line)
         self.installs += 1

@@ -160,3 +160,22 @@ async def test_only_what_is_durable_may_be_saved_as_told(world: World) -> None:
 
 def _of(made: tuple[tuple, Record]) -> tuple[tuple, int]:
     return made[0], made[1].seq
+
+
+async def test_lines_that_wait_for_their_records_decision_are_found_by_the_next_start_too(
+    world: World,
+) -> None:
+    """Killed twice, the second time before all of the first run's records were decided anew."""
+    made = history(6)
+    told = await run(world, made[:2])
+    await run(world, made[2:])  # (the first run: nothing after record 2 was saved)
+    audit, ledger = world.open()
+    assert ledger.recover(told, [record for _, record in made], 4) == 0
+    saved = ledger.settled()  # records 5 and 6 have their lines, and are not decided again yet
+    audit.stop()
+    assert saved.record == 4
+    audit, ledger = world.open()
+    assert ledger.recover(saved, [record for _, record in made], 6) == 0
+    assert ledger.settled() == Told(6, audit.noted_seq)
+    audit.stop()
+    assert world.records() == [1, 2, 3, 4, 5, 6]
