@@ -56,6 +56,10 @@ class Refused(Exception):
     """The other side is not the peer that this link is for; the text says why."""
 
 
+class RefusedByPeer(Refused):
+    """The other side says that of this node."""
+
+
 class Links(Generic[M]):
     """All links of one node. Everything is called on the node's event loop.
 
@@ -182,7 +186,8 @@ class Links(Generic[M]):
                 await self._hold_link(position)
                 backoff_s = RECONNECT_S[0]
             except Refused as e:
-                self._on_refused(position, str(e))
+                if isinstance(e, RefusedByPeer):
+                    self._on_refused(position, str(e))
                 if str(e) != refusal:  # once per reason, not five times a second
                     refusal = str(e)
                     log.error("peer %s refused: %s", self._urls[position], e)
@@ -205,7 +210,7 @@ class Links(Generic[M]):
                 await ws.send_bytes(self._encoder.encode(self._me))
                 reply = await ws.receive()
             if reply.type is not aiohttp.WSMsgType.BINARY:
-                raise Refused(str(reply.extra or "closed before its greeting"))
+                raise RefusedByPeer(str(reply.extra or "closed before its greeting"))
             hello = msgspec.msgpack.decode(reply.data, type=Hello)
             self._check(hello, position)
             self._outboxes[position].clear()

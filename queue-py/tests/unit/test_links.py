@@ -25,6 +25,8 @@ class Side:
         self.frames: list[tuple[int, int, list[PeerMessage]]] = []
         self.up: list[str] = []
         self.down: list[int] = []
+        self.refused: list[tuple[int, str]] = []
+        self.departed: set[int] = set()
         self.metrics = Metrics()
         secret = changes.pop("secret", None)
         hello = {
@@ -44,6 +46,8 @@ class Side:
             secret=secret,  # type: ignore[arg-type]  # a test's keyword
             client_ssl=None,
             metrics=self.metrics,
+            on_refused=lambda position, why: self.refused.append((position, why)),
+            has_left=self.departed.__contains__,
         )
         self.runner: web.AppRunner | None = None
 
@@ -205,3 +209,21 @@ async def test_an_outbox_is_bounded() -> None:
         pass
     taken = await outbox.take()
     assert sum(map(len, taken)) >= module.FRAME_TARGET_BYTES
+
+
+async def test_who_meets_a_node_that_has_left_tells_it_so_and_does_not_take_it_for_itself() -> None:
+    ports = [free_port(), free_port()]
+    member, departed = Side(0, ports), Side(1, ports)
+    member.departed.add(1)
+    try:
+        await member.start()
+        await departed.start()
+        async with asyncio.timeout(20):
+            # Both have dialled by then, again and again.
+            while len(departed.refused) < 3:  # noqa: ASYNC110 - a condition without an event
+                await asyncio.sleep(0.01)
+        assert departed.refused[0] == (0, "node 1 has left the cluster")
+        assert member.refused == []
+    finally:
+        await member.stop()
+        await departed.stop()

@@ -42,6 +42,7 @@ def test_a_joiner_gets_a_new_position_and_nobody_elses_is_given_twice() -> None:
     gone = accepted(finish(accepted(dismiss(four, "d:1"))))
     assert departed(gone, 3)
     assert not departed(gone, 2)
+    assert not departed(gone, -1)  # a joiner that waits for its position
     again = accepted(admit(gone, "d:1", "D"))
     assert again.joining == 4
 

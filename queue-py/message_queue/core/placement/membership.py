@@ -67,8 +67,8 @@ def named(ring: Membership, heard: Mapping[int, Member]) -> Membership:
 
 
 def departed(ring: Membership, position: int) -> bool:
-    """That node was one, and has left for ever."""
-    return position < ring.next_position and position not in nodes(ring)
+    """That node was one, and has left for ever. (A joiner that has no position yet is at -1.)"""
+    return 0 <= position < ring.next_position and position not in nodes(ring)
 
 
 def changing(ring: Membership) -> bool:
