@@ -56,7 +56,8 @@ def run(config: Config) -> int:
             place = runner.run(admit(config, listening))
             if place is None:
                 return 0
-            config = replace(config, position=place.position)
+        # Who joined once has its place from the ring, also when it starts again with --join.
+        config = replace(config, position=place.position)
         data_dir = DataDir.open(config.data_dir, admission.identity(config, place))
         try:
             admission.keep_ring(config.data_dir, place.ring)

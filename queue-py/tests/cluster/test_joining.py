@@ -239,7 +239,10 @@ async def test_a_change_survives_the_death_of_everybody_in_the_middle_of_it(
             await load.end()
         await cluster.start_all()
         await changed(cluster, 2, 3, {0, 1, 2, 3})
-        async with cluster.client(1) as client:
+        cluster.kill(3)  # with its place by now, and the same --join
+        cluster.start(3)
+        await cluster.ready(3)
+        async with cluster.client(3) as client:
             for n in range(5):
                 reply = await client.post("/produce", {"queue": f"jobs{n}", "body": f"late/{n}"})
                 assert isinstance(reply, Reply)
