@@ -140,7 +140,8 @@ class Store:
         self._thread.start()
 
     def submit(self, write: Persist, *, leading: bool = False) -> None:
-        """Queues a write. `leading`: other nodes' disks may answer for it before this one's."""
+        """Queues a write; never blocks. `leading`: other nodes' disks may answer for it before
+        this one's."""
         self.backlog_bytes += _size(write)
         self._patience_s = PATIENCE_LEADING_S if leading else PATIENCE_FOLLOWING_S
         if not self._is_quick(write):
@@ -167,6 +168,8 @@ class Store:
 
     def _put(self, item: Persist | PeerIdentity | _Checkpoint) -> None:
         """Give it to the thread, behind what the loop was about to commit."""
+        if self._failed:
+            return  # the thread never saw the commit of the loop that failed, and would go on
         items = [*self._own, item]
         self._own.clear()
         self._under_way += len(items)

@@ -264,8 +264,13 @@ async def test_a_failed_commit_is_reported_once_and_nothing_is_written_after_it(
     async with asyncio.timeout(20):
         await first.wait()
     assert isinstance(told[0], StoreFailed)
-    store.submit(Persist(seq=2, hard_state=HardState(7, 1)))  # nothing wrong with this one
+    # Nothing is wrong with these: one for the loop, two for the thread.
+    store.submit(Persist(seq=2, hard_state=HardState(7, 1)))
+    store.submit(Persist(seq=3, hard_state=HardState(8, 1), snapshot=Snapshot(1, 1, MEMBERS, b"")))
+    store.bind_peer(PeerIdentity(2, "node2", "abc"))
     await store.close()
+    await asyncio.sleep(0)  # whatever the thread had to tell would be told by now
+    assert store._extent.hard_state == HardState()
     connection.close()
     assert len(told) == 1
 
