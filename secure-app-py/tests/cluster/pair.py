@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def pair(
         argv, 2, root=root, cwd=root, channels=("http",), proxied=("http",) if proxied else (),
         scheme="https", headers=headers, env={"CLUSTER_SECRET": ""},
     )  # fmt: skip
+
+
+@contextmanager
+def running(root: Path) -> Iterator[Cluster]:
+    """A pair in step, for a fixture that serves a whole module."""
+    cluster = pair(root)
+    cluster.prepare()
+    try:
+        asyncio.run(cluster.start_all())
+        yield cluster
+    finally:
+        cluster.close()
 
 
 async def set_value(client: HttpClient, key: str, value: Any, **fields: Any) -> Reply:

@@ -21,13 +21,8 @@ kit = load(str(Path(__file__).with_name("pair.py")))
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    running = kit.pair(tmp_path_factory.mktemp("api"))
-    running.prepare()
-    try:
-        asyncio.run(running.start_all())
-        yield running
-    finally:
-        running.close()
+    with kit.running(tmp_path_factory.mktemp("api")) as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -4,33 +4,22 @@ survive a kill."""
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import random
-import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from testkit.cluster import HttpClient, Reply
+from testkit.sim.loading import load
 
 pytestmark = pytest.mark.cluster
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kit = sys.modules.get("pair") or _load("pair")
+kit = load(str(Path(__file__).with_name("pair.py")))
 
 ANYTHING = (None, True, -1, 1.5, "", "x", [], [1], {}, {"a": 1}, "\u0000", "..", "a/../b", 1 << 70)
 QUERIES = ("", "%00", "a%0d%0ab", "..", "x" * 300, "%ff", "-1", "1e9")

@@ -19,13 +19,8 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    running = kit.pair(tmp_path_factory.mktemp("identity"))
-    running.prepare()
-    try:
-        asyncio.run(running.start_all())
-        yield running
-    finally:
-        running.close()
+    with kit.running(tmp_path_factory.mktemp("identity")) as cluster:
+        yield cluster
 
 
 @pytest.fixture

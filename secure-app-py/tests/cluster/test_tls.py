@@ -4,31 +4,20 @@ overlap, and what a scanner has to say."""
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import shutil
 import ssl
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from testkit.cluster import HttpClient, Reply
+from testkit.sim.loading import load
 
 pytestmark = pytest.mark.cluster
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kit = sys.modules.get("pair") or _load("pair")
+kit = load(str(Path(__file__).with_name("pair.py")))
 
 
 def address(cluster, index: int) -> tuple[str, int]:
