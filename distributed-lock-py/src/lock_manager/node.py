@@ -169,9 +169,9 @@ class Node:
     def _wake(self) -> None:
         if not self._flush_scheduled:
             self._flush_scheduled = True
-            self._loop.call_soon(self._flush_scheduled_one)
+            self._loop.call_soon(self._on_wake)
 
-    def _flush_scheduled_one(self) -> None:
+    def _on_wake(self) -> None:
         self._flush_scheduled = False
         self._flush()
 
