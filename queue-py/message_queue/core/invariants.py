@@ -13,6 +13,7 @@ from message_queue.core.replication.dots import DotSet
 from message_queue.core.replication.intervals import Intervals
 from message_queue.core.replication.replicator import Replicator
 from message_queue.core.replication.state import PartitionState
+from message_queue.core.runs import one_by_one
 
 
 def check_state(state: PartitionState) -> None:
@@ -65,9 +66,10 @@ class Ledger:
 
     def proposed(self, partition: int, epoch: int, entries: Iterable[Entry]) -> None:
         """An owner stamped these. No dot is ever given twice."""
-        for entry in entries:
+        for entry in one_by_one(entries):
             key = (partition, epoch, entry.seq)
-            assert self._entries.setdefault(key, entry) is entry, f"dot {key} was given twice"
+            assert key not in self._entries, f"dot {key} was given twice"
+            self._entries[key] = entry
             if isinstance(entry, Ack):
                 asked = self._asked.setdefault(partition, Intervals())
                 for span in entry.targets:

@@ -119,7 +119,16 @@ class Settled(Struct, frozen=True, array_like=True, tag=4):
     seq: Count
 
 
-Entry = Put | Ack | Set | Settled
+class Puts(Struct, frozen=True, array_like=True, tag=5):
+    """Consecutive puts ``seq``, ``seq`` + 1, ... that share a meta (``core.runs``)."""
+
+    seq: Count
+    meta: bytes
+    sizes: bytes  # of each body, four bytes little-endian
+    bodies: bytes  # one after the other
+
+
+Entry = Put | Ack | Set | Settled | Puts
 
 
 class Copy(Struct, frozen=True, array_like=True):

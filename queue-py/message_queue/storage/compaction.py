@@ -25,7 +25,7 @@ from message_queue.core.replication.state import PartitionState
 from message_queue.storage import files
 from message_queue.storage.index import BLOCK_BITS, FRAME_BYTES, Index
 from message_queue.storage.log import SegmentLog
-from message_queue.storage.records import Moved, UnreadableRecord, decode, puts_in
+from message_queue.storage.records import Bodies, Moved, UnreadableRecord, decode
 from message_queue.storage.segments import segment_path
 from message_queue.storage.snapshot import MAGIC, End, Page, State, encode, pages, path_in
 
@@ -243,12 +243,11 @@ class Housekeeper:
             if not needed:
                 continue
             try:
-                puts = {dot: (m, b) for p, dot, m, b in puts_in(decode(payloads.get(locator, b"")))
-                        if p == partition}  # fmt: skip
+                bodies = Bodies(decode(payloads.get(locator, b"")))
             except UnreadableRecord:
                 lost += needed
                 continue
-            copies += [Copy(*unpack_dot(dot), *puts[dot]) for dot in needed]
+            copies += [Copy(*unpack_dot(dot), *bodies.find(dot)) for dot in needed]
         if lost:
             spans = tuple((epoch, seq, seq) for epoch, seq in map(unpack_dot, sorted(lost)))
             self._on_damage(partition, spans)

@@ -36,7 +36,8 @@ from message_queue.storage import files, snapshot
 from message_queue.storage.framing import HEADER, Damage, Frame, scan
 from message_queue.storage.index import BLOCK_BITS, Index
 from message_queue.storage.log import Mark
-from message_queue.storage.records import Moved, UnreadableRecord, decode, puts_in
+from message_queue.storage.records import Moved, UnreadableRecord, decode
+from message_queue.storage.records import runs_in as runs_stored
 from message_queue.storage.segments import locate, segment_path, segments_in
 from message_queue.storage.snapshot import Snapshot, SnapshotUnreadable
 
@@ -168,10 +169,10 @@ def _replay(found: Recovered, segment: int, frame: Frame, checked: set[int]) -> 
         found.clock_ms = max(found.clock_ms, record.cluster_ms)
         return
     locator = locate(segment, frame.start, frame.end - frame.start)
-    for partition, dot, meta, body in puts_in(record):
+    for run in runs_stored(record):
         # Every put is indexed on sight and sorted out at the end: while older segments are
         # missing, the state before a checkpoint may take a held put for a dead one.
-        found.index.put(partition, dot, locator, meta, len(body))
+        found.index.put_run(run.partition, run.first, locator, run.meta, run.sizes)
     if isinstance(record, Moved):
         return
     state = found.states.get(record.partition)

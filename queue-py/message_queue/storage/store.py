@@ -28,7 +28,7 @@ from message_queue.core.messages import (
 from message_queue.storage.compaction import Housekeeper
 from message_queue.storage.index import Place
 from message_queue.storage.log import Durable, Fsync, SegmentLog, Trouble
-from message_queue.storage.records import Moved, UnreadableRecord, decode, encode, puts_in
+from message_queue.storage.records import Bodies, Moved, UnreadableRecord, decode, encode, runs_in
 from message_queue.storage.recovery import Recovered, recover
 from message_queue.storage.segments import span_of
 from message_queue.storage.shelf import PartitionShelf
@@ -43,23 +43,19 @@ Body = tuple[int, int, bytes, bytes]
 """(epoch, seq, meta, body)"""
 
 
-_Puts = dict[tuple[int, int], tuple[bytes, bytes]]
-"""(partition, dot) -> (meta, body) of a frame."""
-
-
 class _FrameCache:
     """Frames read lately: a frame may hold a thousand messages that are asked for one by one."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._bytes = 0
-        self._frames: OrderedDict[int, _Puts] = OrderedDict()
+        self._frames: OrderedDict[int, Bodies] = OrderedDict()
 
-    def get(self, locator: int) -> _Puts | None:
+    def get(self, locator: int) -> Bodies | None:
         """A frame, if it is here."""
         return self._frames.get(locator)
 
-    def add(self, locator: int, puts: _Puts) -> None:
+    def add(self, locator: int, puts: Bodies) -> None:
         """The oldest ones make room (never the newest)."""
         if locator not in self._frames:
             self._frames[locator] = puts
@@ -208,10 +204,18 @@ class Store:
 
     def _place(self, locator: int, record: AppendRecord | CopyRecord | Moved) -> None:
         state = self.states.get(record.partition)
-        for partition, dot, meta, body in puts_in(record):
-            # It may have been acked (or voided) while it was being written.
-            if state is not None and state.has_body(*unpack_dot(dot)):
-                self._index.put(partition, dot, locator, meta, len(body))
+        if state is None:
+            return
+        for run in runs_in(record):
+            epoch, first = unpack_dot(run.first)
+            if state.held.covers(epoch, first, first + len(run.sizes) - 1):
+                self._index.put_run(run.partition, run.first, locator, run.meta, run.sizes)
+                continue
+            for offset, size in enumerate(run.sizes):
+                # It may have been acked (or voided) while it was being written.
+                if state.has_body(epoch, first + offset):
+                    dot = run.first + offset
+                    self._index.put(run.partition, dot, locator, run.meta, size)
 
     def forget(self, partition: int, spans: Spans) -> None:
         """These puts are needed no more."""
@@ -233,10 +237,10 @@ class Store:
         """Bodies of the dots, and the dots whose record is damaged. Dots that this node does not
         have are in neither. Raises OSError when the disk cannot be read just now."""
         wanted: dict[int, list[tuple[int, int]]] = {}
-        for epoch, seq in dots:
-            locator = self._index.locator(partition, pack_dot(epoch, seq))
-            if locator is not None:
-                wanted.setdefault(locator, []).append((epoch, seq))
+        locators = self._index.locators(partition, [pack_dot(*dot) for dot in dots])
+        for dot, locator in zip(dots, locators, strict=True):
+            if locator:
+                wanted.setdefault(locator, []).append(dot)
         frames = {locator: self._frames.get(locator) for locator in wanted}
         frames |= await self._fetch([locator for locator, puts in frames.items() if puts is None])
         found: list[Body] = []
@@ -246,7 +250,7 @@ class Store:
             bodies = frames[locator]
             if bodies is not None:
                 for epoch, seq in its_dots:
-                    meta, body = bodies[partition, pack_dot(epoch, seq)]
+                    meta, body = bodies.find(pack_dot(epoch, seq))
                     found.append((epoch, seq, meta, body))
                 continue
             for dot in its_dots:
@@ -259,12 +263,12 @@ class Store:
             return found + more, damaged + worse
         return found, damaged
 
-    async def _fetch(self, locators: list[int]) -> dict[int, _Puts | None]:
+    async def _fetch(self, locators: list[int]) -> dict[int, Bodies | None]:
         """Frames from disk (and into the cache); None: unreadable, or its segment is gone."""
         if not locators:
             return {}
         payloads = await self._log.read(locators)
-        frames: dict[int, _Puts | None] = {}
+        frames: dict[int, Bodies | None] = {}
         for locator in locators:
             # Another reader of the same frame may have been quicker.
             frames[locator] = self._frames.get(locator)
@@ -272,9 +276,9 @@ class Store:
             if payload is None or frames[locator] is not None:
                 continue
             with suppress(UnreadableRecord):
-                puts = {(p, dot): (m, b) for p, dot, m, b in puts_in(decode(payload))}
+                puts = Bodies(decode(payload))
                 frames[locator] = puts
-                if len(puts) > 1:
+                if puts.several:
                     self._frames.add(locator, puts)
         return frames
 

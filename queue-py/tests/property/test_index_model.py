@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from array import array
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -51,6 +52,16 @@ class IndexMachine(RuleBasedStateMachine):
             self.sut.put(7, dot, locator, meta, size)
             self.model[dot] = locator, meta, size
 
+    @rule(
+        dot=DOTS, segment=st.integers(1, 3), meta=METAS,
+        sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=40),
+    )  # fmt: skip
+    def put_run(self, dot: int, segment: int, meta: bytes, sizes: list[int]) -> None:
+        locator = locate(segment, dot % 1000, sum(sizes) + 50)
+        self.sut.put_run(7, dot, locator, meta, array("I", sizes))
+        for offset, size in enumerate(sizes):
+            self.model[dot + offset] = locator, meta, size
+
     @rule(dot=DOTS)
     def drop(self, dot: int) -> None:
         self.sut.drop(7, dot)
@@ -94,7 +105,7 @@ class IndexMachine(RuleBasedStateMachine):
         held = DotSet()
         for dot in self.model:
             held.add(*unpack_dot(dot))
-        held.add(65, 41)  # one that is not on this disk
+        held.add(65, 900)  # one that is not on this disk
         shelf = PartitionShelf(self.sut, 7)
         seen: dict[int, int] = {}
         missing = []
@@ -111,7 +122,7 @@ class IndexMachine(RuleBasedStateMachine):
                 seen[dot] = 2
             missing += [part.base + n for n in range(1024) if part.missing >> n & 1]
         assert sorted(seen) == sorted(self.model)
-        assert missing == [pack_dot(65, 41)]
+        assert missing == [pack_dot(65, 900)]
 
 
 TestIndex = IndexMachine.TestCase

@@ -49,6 +49,7 @@ from message_queue.core.replication.contract import (  # noqa: E402
 from message_queue.core.replication.effects import Effects  # noqa: E402
 from message_queue.core.replication.replicator import Replicator  # noqa: E402
 from message_queue.core.replication.state import PartitionState  # noqa: E402
+from message_queue.core.runs import one_by_one  # noqa: E402
 
 P = 0
 COPIES = 3
@@ -165,7 +166,7 @@ class Cluster:
     def _keep(self, node: Node, record: LogRecord) -> None:
         match record:
             case AppendRecord(partition, epoch, entries) if partition == P:
-                for entry in entries:
+                for entry in one_by_one(entries):
                     if isinstance(entry, Put):
                         node.bodies[epoch, entry.seq] = entry.body
             case CopyRecord(partition, _, copies) if partition == P:

@@ -36,6 +36,7 @@ from message_queue.core.replication.contract import (
 from message_queue.core.replication.effects import Committed, Effects, Gained, Lost
 from message_queue.core.replication.replicator import Replicator
 from message_queue.core.replication.state import PartitionState
+from message_queue.core.runs import one_by_one
 from testkit.checkers import total_queue
 from testkit.sim import (
     PERFECT,
@@ -231,7 +232,7 @@ class SimNode:
     def keep_bodies(self, record: LogRecord) -> None:
         match record:
             case AppendRecord(partition, epoch, entries):
-                for entry in entries:
+                for entry in one_by_one(entries):
                     if isinstance(entry, Put):
                         self.bodies[partition, epoch, entry.seq] = (entry.meta, entry.body)
             case CopyRecord(partition, _, copies):

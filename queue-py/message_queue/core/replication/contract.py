@@ -17,6 +17,7 @@ from message_queue.core.replication.drafts import AckDraft as AckDraft
 from message_queue.core.replication.drafts import Draft as Draft
 from message_queue.core.replication.drafts import NotOwner as NotOwner
 from message_queue.core.replication.drafts import PutDraft as PutDraft
+from message_queue.core.replication.drafts import RunDraft as RunDraft
 from message_queue.core.replication.drafts import SetDraft as SetDraft
 from message_queue.core.replication.effects import Effects, Read
 from message_queue.core.replication.governor import Changed as Changed

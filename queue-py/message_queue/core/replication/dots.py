@@ -54,6 +54,18 @@ class DotSet:
             return False
         return bool(chunks.get(seq >> 10, 0) >> (seq & 1023) & 1)
 
+    def covers(self, epoch: int, first: int, last: int) -> bool:
+        """Whether all of first..last are here. O(chunks)."""
+        chunks = self._epochs.get(epoch)
+        if chunks is None:
+            return False
+        for number in range(first >> 10, (last >> 10) + 1):
+            base = number << 10
+            wanted = mask(max(first - base, 0), min(last - base, CHUNK - 1))
+            if chunks.get(number, 0) & wanted != wanted:
+                return False
+        return True
+
     def add(self, epoch: int, seq: int) -> bool:
         """True if it was not there."""
         chunks = self._epochs.get(epoch)

@@ -15,6 +15,13 @@ class PutDraft(Struct, frozen=True):
     body: bytes
 
 
+class RunDraft(Struct, frozen=True):
+    """Puts that share a meta, to be stamped one after the other."""
+
+    meta: bytes
+    bodies: tuple[bytes, ...]
+
+
 class AckDraft(Struct, frozen=True):
     """Dots to be forgotten for ever. Dots that are not held are passed over."""
 
@@ -28,11 +35,16 @@ class SetDraft(Struct, frozen=True):
     value: bytes
 
 
-Draft = PutDraft | AckDraft | SetDraft
+Draft = PutDraft | RunDraft | AckDraft | SetDraft
+
+
+def seqs(draft: Draft) -> int:
+    """How many seqs it takes."""
+    return len(draft.bodies) if isinstance(draft, RunDraft) else 1
 
 
 class Accepted(Struct, frozen=True):
-    """The drafts got the seqs first..first+n-1 of ``epoch``; they are done when
+    """The drafts got the seqs from ``first`` on (``seqs`` each) of ``epoch``; they are done when
     ``Committed.upto`` reaches the last.
     """
 

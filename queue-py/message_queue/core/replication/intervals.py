@@ -93,6 +93,21 @@ class Intervals:
             at += 1
         return tuple(out)
 
+    def without(self, span: Span) -> Spans:
+        """The parts of a span that are not covered."""
+        epoch, at, last = span
+        runs = self._epochs.get(epoch)
+        if not runs or at > runs[-1][1]:
+            return (span,)
+        out: list[Span] = []
+        for _, low, high in self.within(span):
+            if low > at:
+                out.append((epoch, at, low - 1))
+            at = high + 1
+        if at <= last:
+            out.append((epoch, at, last))
+        return tuple(out)
+
     def update(self, other: Intervals) -> None:
         for epoch, runs in other._epochs.items():
             for first, last in runs:

@@ -15,6 +15,7 @@ from message_queue.core.messages import (
     Ack,
     Entry,
     Put,
+    Puts,
     Set,
     Setting,
     Settled,
@@ -24,6 +25,7 @@ from message_queue.core.messages import (
 )
 from message_queue.core.replication.dots import DotSet, joined
 from message_queue.core.replication.intervals import Intervals
+from message_queue.core.runs import last_seq
 
 
 class RecordSet:
@@ -62,13 +64,20 @@ class RecordSet:
         )
 
     def apply(self, epoch: int, entry: Entry) -> Spans:
-        """One record of ``epoch``; idempotent and in any order. Returns the dots no longer held."""
+        """One entry of ``epoch``; idempotent and in any order. Returns the dots no longer held."""
         covered = self.context.has(epoch, entry.seq)
         match entry:
             case Put(seq):
                 if not covered:
                     self.context.add(epoch, seq, seq)
                     self.held.add(epoch, seq)
+                return ()
+            case Puts(seq):
+                last = last_seq(entry)
+                # All of them, or those that no ack has overtaken.
+                for _, first, end in self.context.without((epoch, seq, last)):
+                    self.held.add_range(epoch, first, end)
+                self.context.add(epoch, seq, last)
                 return ()
             case Ack(seq, targets):
                 if covered:

@@ -35,6 +35,7 @@ from message_queue.core.replication.dots import joined
 from message_queue.core.replication.effects import Read
 from message_queue.core.replication.install import Install
 from message_queue.core.replication.seat import Seat
+from message_queue.core.runs import last_seq
 
 YIELD_GRACE_MS = 300
 """After a hand-over the others leave the chosen one this much time."""
@@ -176,7 +177,7 @@ class Replica:
             desk.send(sender, Refusal(state.partition, message.epoch, state.promised))
             return
         context = state.records.context
-        first, last = message.entries[0].seq, message.entries[-1].seq
+        first, last = message.entries[0].seq, last_seq(message.entries[-1])
         if context.within((message.epoch, first, last)) != ((message.epoch, first, last),):
             desk.persist(AppendRecord(state.partition, message.epoch, message.entries), state)
         self._answer_stored(seat, sender, gap=context.contiguous(message.epoch) < last)

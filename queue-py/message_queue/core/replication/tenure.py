@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from itertools import groupby
 from typing import assert_never
 
 from message_queue.core.messages import (
@@ -26,16 +27,16 @@ from message_queue.core.messages import (
     Append,
     AppendRecord,
     Entry,
-    Put,
     Seal,
     Set,
     Settled,
 )
 from message_queue.core.replication.desk import Desk, OwnStored
-from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft, SetDraft
+from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft, RunDraft, SetDraft
 from message_queue.core.replication.effects import Committed, Gained
 from message_queue.core.replication.quorum import Quorum
 from message_queue.core.replication.state import PartitionState
+from message_queue.core.runs import last_seq, put_entry
 
 IN_FLIGHT_MAX = 16_384
 """Records sent to a replica and not yet acknowledged by it; beyond that it has to catch up first.
@@ -177,25 +178,37 @@ class Tenure:
         """
         entries: list[Entry] = []
         size = 0
-        seq = self.last
-        for draft in drafts:
-            seq += 1
-            match draft:
-                case PutDraft(meta, body):
-                    entries.append(Put(seq, meta, body))
-                    size += len(meta) + len(body) + 32
-                case AckDraft(targets):
-                    entries.append(Ack(seq, targets))
-                    size += 16 * len(targets) + 16
-                case SetDraft(key, value):
-                    entries.append(Set(seq, key, value))
-                    size += len(key) + len(value) + 32
-                case _:
-                    assert_never(draft)
+        seq = self.last + 1
+        for meta, group in groupby(drafts, _meta_of):
+            if meta is not None:
+                # Neighbours that differ in nothing but their bodies become one entry.
+                bodies: list[bytes] = []
+                for draft in group:
+                    if isinstance(draft, RunDraft):
+                        bodies += draft.bodies
+                    elif isinstance(draft, PutDraft):
+                        bodies.append(draft.body)
+                entries.append(put_entry(seq, meta, bodies))
+                seq += len(bodies)
+                size += len(meta) + sum(map(len, bodies)) + 4 * len(bodies) + 32
+                continue
+            for draft in group:
+                match draft:
+                    case AckDraft(targets):
+                        entries.append(Ack(seq, targets))
+                        size += 16 * len(targets) + 16
+                    case SetDraft(key, value):
+                        entries.append(Set(seq, key, value))
+                        size += len(key) + len(value) + 32
+                    case PutDraft() | RunDraft():
+                        raise AssertionError("a put without a meta")
+                    case _:
+                        assert_never(draft)
+                seq += 1
         return self._stamp(tuple(entries), size, now_ms)
 
     def _stamp(self, batch: tuple[Entry, ...], size: int, now_ms: int) -> int:
-        first, seq = self.last + 1, batch[-1].seq
+        first, seq = self.last + 1, last_seq(batch[-1])
         append = Append(self.partition, self.epoch, batch)
         self._desk.persist(AppendRecord(self.partition, self.epoch, batch), self._state)
         self._desk.later(OwnStored(self.partition, self.epoch, seq))
@@ -221,7 +234,7 @@ class Tenure:
         limit = self._desk.config.window_bytes
         while window:
             _, append, size = window[0]
-            if append.entries[-1].seq > settled and self._bytes <= limit:
+            if last_seq(append.entries[-1]) > settled and self._bytes <= limit:
                 return
             window.popleft()
             self._bytes -= size
@@ -239,7 +252,7 @@ class Tenure:
             self.send_seal(peer, now_ms)
             return
         for _, append, _ in self._window:
-            last = append.entries[-1].seq
+            last = last_seq(append.entries[-1])
             # Not by the first: an ack that overtook its put covers it, so that an acknowledged
             # prefix may end within a batch.
             if last > follower.sent:
@@ -327,3 +340,8 @@ class Tenure:
     def up_to_date(self, peer: int) -> bool:
         follower = self.followers.get(peer)
         return follower is not None and follower.match == self.last
+
+
+def _meta_of(draft: Draft) -> bytes | None:
+    """Of puts."""
+    return draft.meta if isinstance(draft, PutDraft | RunDraft) else None

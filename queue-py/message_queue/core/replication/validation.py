@@ -24,6 +24,7 @@ from message_queue.core.messages import (
     Promise,
     Pull,
     Put,
+    Puts,
     Refusal,
     RingNews,
     Seal,
@@ -38,6 +39,7 @@ from message_queue.core.messages import (
 from message_queue.core.placement.membership import MAX_MEMBERS
 from message_queue.core.replication.dots import CHUNK, mask, well_formed, well_formed_chunks
 from message_queue.core.replication.intervals import Intervals
+from message_queue.core.runs import count, well_formed_run
 
 
 def plausible_view(view: View, below: int) -> bool:
@@ -85,8 +87,8 @@ def _plausible_append(message: Append) -> bool:
     entries = message.entries
     if not entries:
         return False
-    first = entries[0].seq
-    for seq, entry in enumerate(entries, first):
+    seq = entries[0].seq
+    for entry in entries:
         if entry.seq != seq or seq < 1:
             return False
         match entry:
@@ -95,10 +97,14 @@ def _plausible_append(message: Append) -> bool:
                     return False
                 if targets and (targets[-1][0], targets[-1][2]) >= (message.epoch, seq):
                     return False
+            case Puts():
+                if not well_formed_run(entry):
+                    return False
             case Put() | Set() | Settled():
                 pass
             case _:
                 assert_never(entry)
+        seq += count(entry)
     return True
 
 
