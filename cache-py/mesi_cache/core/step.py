@@ -7,10 +7,14 @@ from mesi_cache.core.records import Once, Outcome, Record
 
 
 class Logged(msgspec.Struct, frozen=True, array_like=True):
-    """One line of the home's write log: a change, and the operation that caused it."""
+    """One line of the home's write log: a change, and the operation that caused it.
+
+    `record` is None where nothing changed and yet the outcome has to survive a restart, because a
+    client has given the operation a name by which it may be asked for again.
+    """
 
     key: str
-    record: Record
+    record: Record | None
     source: str = ""  # whose operation; "": the home's own decision (a deadline ran out)
     operation_id: int = 0
     floor: int = 0

@@ -72,7 +72,9 @@ class MainMemory:
         self._through = config.write_policy == "through"
         self._immediate = self._through or (self._logs and config.fsync == "always")
         self._flush_s = config.flush_ms / 1000
-        self._pending: dict[str, Record] = {line.key: line.record for line in logged}
+        self._pending: dict[str, Record] = {
+            line.key: line.record for line in logged if line.record is not None
+        }
         self._new_retries: list[RetryRow] = [row for line in logged if (row := _retry(line))]
         self._lease_ms = config.lease_ms
         self._started, self._started_path = started, config.data_dir / "started.json"
@@ -159,7 +161,8 @@ class MainMemory:
         if self._log is not None and self._logs:
             self._log.append(lines)
         for line in lines:
-            self._pending[line.key] = line.record
+            if line.record is not None:
+                self._pending[line.key] = line.record
             if line.once is not None and (row := _retry(line)):
                 self._new_retries.append(row)
         self._appended += 1
@@ -188,7 +191,7 @@ class MainMemory:
                 self._reached(position)
             full = self._log is not None and self._log.size > CHECKPOINT_BYTES
             due = loop.time() >= checkpoint_at
-            if self._pending and (due or (full and not self.trouble)):
+            if self._unsaved and (due or (full and not self.trouble)):
                 await self._checkpoint()
                 checkpoint_at = loop.time() + CHECKPOINT_S
 
@@ -233,7 +236,12 @@ class MainMemory:
     @property
     def overfull(self) -> bool:
         """The store has been away for so long that no more changes can be kept for it."""
-        return bool(self.trouble) and len(self._pending) >= MOST_PENDING
+        return bool(self.trouble) and self._unsaved >= MOST_PENDING
+
+    @property
+    def _unsaved(self) -> int:
+        """How much there is that the store has not got yet."""
+        return len(self._pending) + len(self._new_retries)
 
     def _reached(self, position: int) -> None:
         self._synced = max(self._synced, position)
@@ -294,7 +302,7 @@ class MainMemory:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._loads, return_exceptions=True)
         try:
-            if self._pending:
+            if self._unsaved:
                 await self._checkpoint()
         finally:
             await self._store.stop()

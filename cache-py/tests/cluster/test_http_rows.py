@@ -105,21 +105,35 @@ async def test_a_batch_takes_no_name(nodes: list[HttpClient]) -> None:
 async def test_a_named_change_is_remembered_over_the_death_of_all_nodes(
     nodes: list[HttpClient], running: Cluster
 ) -> None:
-    body = {"key": "killed", "by": 3}
-    first = await answer(named(nodes[0], "/incr", body, "over-death"))
+    await answer(nodes[1].post("/write", {"key": "killed-text", "value": "text"}))
+    calls: list[tuple[str, dict[str, object], int]] = [
+        ("/incr", {"key": "killed", "by": 3}, 200),
+        ("/cas", {"key": "killed-cas", "expected_version": 1, "value": 1}, 409),
+        ("/delete", {"key": "killed-delete"}, 200),
+        ("/incr", {"key": "killed-text"}, 409),
+    ]
+    first = [
+        await answer(named(nodes[0], path, body, f"over-death{number}"), status)
+        for number, (path, body, status) in enumerate(calls)
+    ]
+    for _, body, _ in calls[1:]:  # what had no effect would have one now
+        await answer(nodes[2].post("/write", {"key": body["key"], "value": 1}))
     running.power_cut()
     await running.start_all()
     await linked(running)
     async with running.client(2) as c:
 
-        async def again() -> bool:
-            reply = await named(c, "/incr", body, "over-death")
+        async def again(number: int) -> bool:
+            path, body, status = calls[number]
+            reply = await named(c, path, body, f"over-death{number}")
             assert isinstance(reply, Reply)
-            assert reply.status in (200, 503), reply
-            return reply.status == 200 and bool(reply.json == first)
+            assert reply.status in (status, 503), reply
+            return reply.status == status and bool(reply.json == first[number])
 
-        await until(again, "the same answer after the restart")
+        for number in range(len(calls)):
+            await until(lambda n=number: again(n), "the same answer after the restart")
         assert (await answer(c.get("/read?key=killed")))["value"] == 3
+        assert (await answer(c.get("/read?key=killed-delete")))["value"] == 1
 
 
 async def test_a_batch_goes_to_each_home_in_one_round(nodes: list[HttpClient]) -> None:

@@ -118,7 +118,7 @@ class Picture:
         self.out += [
             self._in(_TOKEN, me, call.token), call.key, repr(call.operation),
             self._in(_OPERATION, me, call.operation_id), self._since(call.joined_ms), call.missed,
-            call.sent, call.done,
+            call.sent, call.done, repr(call.once),
         ]  # fmt: skip
 
     def _session(self, me: str, home: str, session: Session) -> None:
@@ -150,6 +150,9 @@ class Picture:
             if entry is not None and entry.number == number:
                 self.out += [self._ms(at_ms), key]
         self._applied(home.applied)
+        self.out.append("retries")
+        for name, (_, until_ms, outcome) in home.retries._kept.items():
+            self.out += [name, until_ms, repr(outcome)]
 
     def _entry(self, me: str, entry: Entry) -> None:
         record = entry.record

@@ -23,7 +23,7 @@ from mesi_cache.core.invariants import check_cluster, check_machine
 from mesi_cache.core.machine import Machine
 from mesi_cache.core.messages import Message, Renew, RenewAck
 from mesi_cache.core.placement import Placement
-from mesi_cache.core.records import Operation, Record
+from mesi_cache.core.records import Once, Operation, Outcome, Record
 from mesi_cache.core.settings import Settings
 from mesi_cache.core.step import Changed, Found, Logged, Missing, Step, Unavailable
 
@@ -33,7 +33,18 @@ LONG_ENOUGH = 40  # jumps of time after which everybody must have his answer
 
 Letter = tuple[str, str, int, Message]  # from, to, the sender's life, what
 Move = tuple[str, Any]
-Script = Sequence[tuple[str, Operation | None]]
+
+
+@dataclass(frozen=True)
+class Named:
+    """An operation with an Idempotency-Key: who asks for it again must hear the same."""
+
+    name: str
+    operation: Operation
+
+
+Ask = Operation | Named | None  # None: a read
+Script = Sequence[tuple[str, Ask]]
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,9 @@ class World:
     letters: list[Letter] = field(default_factory=list)
     memory: dict[str, dict[str, Record]] = field(default_factory=dict)
     logs: dict[str, list[Logged]] = field(default_factory=dict)
-    # (node, token) -> the key, and the version that was acknowledged when the call was made
-    waiting: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
+    # (node, token) -> the key, the version that was acknowledged when the call was made, its name
+    waiting: dict[tuple[str, int], tuple[str, int, str]] = field(default_factory=dict)
+    told: dict[str, Outcome] = field(default_factory=dict)  # name -> what its first asker heard
     acknowledged: dict[str, int] = field(default_factory=dict)
     machines: dict[str, Machine] = field(default_factory=dict, repr=False)
 
@@ -113,16 +125,24 @@ class World:
             memory={home: dict(rows) for home, rows in self.memory.items()},
             logs={home: list(rows) for home, rows in self.logs.items()},
             waiting=dict(self.waiting), acknowledged=dict(self.acknowledged),
+            told=dict(self.told),
             machines=dict(machines),
         )  # fmt: skip
 
     def _machine(self, name: str, epoch: int) -> Machine:
-        rows = [(x.source, x.floor, x.operation_id, x.outcome) for x in self.logs[name] if x.source]
+        log = self.logs[name]
+        rows = [(x.source, x.floor, x.operation_id, x.outcome) for x in log if x.source]
+        retries = [
+            (x.once.name, x.once.print, x.once_until_ms, x.outcome)
+            for x in log
+            if x.once is not None and x.outcome is not None
+        ]
         return Machine(
             _settings(name, self.case.capacity),
             self.case.placement(),
             epoch,
             applied=rows,
+            retries=retries,
             grants_from_ms=self.now_ms + LEASE_MS if epoch > 1 else 0.0,
         )
 
@@ -209,8 +229,11 @@ class World:
                 self._own(name).tick(step)
                 self._carry_out(name, step)
 
-    def _ask(self, name: str, key: str, operation: Operation | None) -> None:
+    def _ask(self, name: str, key: str, ask: Ask) -> None:
         machine = self._own(name)
+        once, operation = None, ask
+        if isinstance(ask, Named):
+            once, operation = Once.of(ask.name, key, ask.operation), ask.operation
         floor = self.acknowledged.get(key, 0)
         if operation is None:
             line = machine.cache.lookup(key, self.now_ms)
@@ -218,8 +241,8 @@ class World:
                 assert line.record.version >= floor, f"a hit showed {line.record.version} < {floor}"
                 return
         step = self._step()
-        token = machine.cache.submit(step, key, operation)
-        self.waiting[name, token] = (key, floor)
+        token = machine.cache.submit(step, key, operation, once)
+        self.waiting[name, token] = (key, floor, once.name if once else "")
         self._carry_out(name, step)
 
     def _step(self) -> Step:
@@ -228,8 +251,12 @@ class World:
     def _carry_out(self, name: str, step: Step) -> None:
         machine = self.machines[name]
         for logged in step.log:
+            if logged.record is not None and logged.once is not None:
+                done = [x.once.name for x in self.logs[name] if x.record and x.once]
+                assert logged.once.name not in done, f"{logged.once.name} is done twice"
             self.logs[name].append(logged)
-            self.memory[name][logged.key] = logged.record
+            if logged.record is not None:
+                self.memory[name][logged.key] = logged.record
         for target, message in step.send:
             if target == name:
                 after = self._step()
@@ -248,13 +275,15 @@ class World:
 
     def _check_answer(self, name: str, token: int, answer: Any) -> None:
         """No read shows less than what was acknowledged when it was asked."""
-        key, floor = self.waiting.pop((name, token))
+        key, floor, named = self.waiting.pop((name, token))
         match answer:
             case Found(version=version):
                 assert version >= floor, f"{name} read version {version}, {floor} was acknowledged"
                 seen = version
             case Changed(outcome):
                 seen = outcome.version
+                first = self.told.setdefault(named, outcome) if named else outcome
+                assert outcome == first, f"{named}: {first}, and then {outcome}"
             case Missing():
                 records = [memory[key] for memory in self.memory.values() if key in memory]
                 deleted = any(r.value is None and r.version > floor for r in records)
@@ -311,6 +340,7 @@ class World:
 
     def _rest(self, renamed: dict[str, str], in_order: list[str]) -> Flat:
         more: Flat = [self.budget, *sorted(self.acknowledged.items())]
+        more += sorted((name, repr(outcome)) for name, outcome in self.told.items())
         for name in in_order:
             more += [self.asked_of[name], *sorted(self.memory[name].items())]
             more += sorted(

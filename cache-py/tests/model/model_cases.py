@@ -13,12 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mesi_cache
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from explore import Budget, Case, Script, explore
+from explore import Ask, Budget, Case, Named, Script, explore
 
 from mesi_cache.core.placement import Placement
-from mesi_cache.core.records import Cas, Delete, Incr, Operation, Write
+from mesi_cache.core.records import Cas, Delete, Incr, Write
 
-Asks = list[Operation | None]
+Asks = list[Ask]
 RESENT, LAPSED, OVER = 720, 975, 1100  # see Budget
 
 
@@ -31,6 +31,8 @@ X2, Y2 = (_key(home, "a", "b") for home in "ab")
 X3, Y3 = (_key(home, "a", "b", "c") for home in "ab")
 ONE, TWO, READ = Write(b"1"), Write(b"2"), None
 MORE = Incr(1)
+NAMED = Named("mine", Incr(1))
+NAMED_CAS = Named("mine", Cas(1, b"9"))  # with or without effect, by what has come before
 
 
 def two_nodes(a: Asks, b: Asks) -> dict[str, Script]:
@@ -71,9 +73,23 @@ SMALL: dict[str, Case] = {
     "three nodes, two keys": Case(
         {"a": [(Y3, READ)], "b": [(X3, ONE)], "c": [(X3, READ), (Y3, ONE)]}, most_letters=3
     ),
+    "a named change, asked for again on the other node": Case(
+        two_nodes([NAMED], [NAMED]), Budget(drop=1, crash=1, time=(OVER,)), most_letters=3
+    ),
+    "a named change without effect": Case(
+        two_nodes([ONE, NAMED_CAS], [NAMED_CAS]), Budget(crash=1, time=(OVER,)), most_letters=3
+    ),
 }
 # Those that take minutes.
 LARGE: dict[str, Case] = {
+    "three nodes, a named change, a crash": Case(
+        three_nodes([ONE], [NAMED_CAS], [NAMED_CAS]),
+        Budget(crash=1, repeat=1, time=(OVER, RESENT)), alike=("b", "c"), most_letters=3,
+    ),
+    "a named change, whatever happens": Case(
+        two_nodes([NAMED, READ], [MORE, NAMED]),
+        Budget(drop=1, repeat=1, crash=1, evict=1, time=(RESENT, OVER)), most_letters=3,
+    ),
     "three nodes that read and change": Case(
         three_nodes([READ], [MORE, READ], [MORE, READ]), alike=("b", "c"), most_letters=5
     ),

@@ -180,7 +180,8 @@ class Table:
         rng = self.rng
         machine = self.machines[name]
         for logged in step.log:
-            self._memory[logged.key] = logged.record
+            if logged.record is not None:
+                self._memory[logged.key] = logged.record
         for target, message in step.send:
             if target == name:
                 after = Step(self.now_ms, 0.0)

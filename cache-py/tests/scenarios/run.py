@@ -133,7 +133,9 @@ class Player:
         assert wire == list(kinds), f"from {source} to {target}: {wire}"
 
     def _logged(self, home: str, key: str, *values: Any) -> None:
-        seen = [x.record.value for x in self._net.log[home] if x.key == self._keys[key]]
+        seen = [
+            x.record.value for x in self._net.log[home] if x.record and x.key == self._keys[key]
+        ]
         shown = [None if value is None else json.loads(value) for value in seen]
         assert shown == list(values), f"{home} has logged {shown}"
 

@@ -18,7 +18,7 @@ from mesi_cache.core.directory.table import TABLE as ENTRY_TABLE
 from mesi_cache.core.invariants import Ledger, check_cluster, check_machine
 from mesi_cache.core.machine import Machine
 from mesi_cache.core.messages import Hello, Message
-from mesi_cache.core.records import Cas, Delete, Incr, Once, Operation, Record, Write
+from mesi_cache.core.records import Cas, Delete, Incr, Once, Operation, Outcome, Record, Write
 from mesi_cache.core.settings import Settings
 from mesi_cache.core.step import Changed, Found, Missing, Step, Unavailable
 from testkit.checkers import linearizable
@@ -80,7 +80,8 @@ class SimNode:
         for logged in disk.log():
             if isinstance(logged, Damaged):
                 break
-            self._memory[logged.key] = logged.record
+            if logged.record is not None:
+                self._memory[logged.key] = logged.record
             if logged.source:
                 row = (logged.source, logged.floor, logged.operation_id, logged.outcome)
                 applied.append(row)
@@ -166,8 +167,9 @@ class SimNode:
     def _carry_out(self, step: Step) -> None:
         for logged in step.log:
             self.host.disk.append(logged)
-            self._memory[logged.key] = logged.record
-            self.harness.ledger.logged(logged.key, logged.record)
+            if logged.record is not None:
+                self._memory[logged.key] = logged.record
+                self.harness.ledger.logged(logged.key, logged.record)
         if not self.harness.always:
             if step.log:
                 self.host.disk.flush()
@@ -253,6 +255,7 @@ class CacheHarness(Harness[SimNode]):
     async def client(self, me: str) -> None:
         world, rng = self.world, self.world.rng
         versions: dict[str, int] = {}
+        named: list[tuple[str, Operation, Once, Outcome]] = []
         for _ in range(60):
             if self._late():
                 return
@@ -260,7 +263,7 @@ class CacheHarness(Harness[SimNode]):
             key, target = rng.choice(KEYS), rng.choice(up or NODES)
             operation, call = self._draw(me, key, versions)
             once = None
-            if isinstance(operation, Incr) and rng.random() < 0.5:
+            if isinstance(operation, Incr | Cas | Delete) and rng.random() < 0.5:
                 once = Once.of(f"{me} {self._value}", key, operation)
             answer = await self._ask(target, key, operation, once)
             for _ in range(2):
@@ -270,7 +273,18 @@ class CacheHarness(Harness[SimNode]):
                 world.coverage.hit("asked_again")
                 answer = await self._ask(rng.choice(NODES), key, operation, once)
             self._note(key, operation, call, answer, versions)
+            if once is not None and operation is not None and isinstance(answer, Changed):
+                named.append((key, operation, once, answer.outcome))
+            if named and rng.random() < 0.15:
+                await self._same_answer(*rng.choice(named))
             await world.sleep_ms(rng.choice((0.0, rng.uniform(0, 3), rng.uniform(0, 60))))
+
+    async def _same_answer(self, key: str, change: Operation, once: Once, first: Outcome) -> None:
+        """A name has one answer, whatever was changed and whoever has died since."""
+        again = await self._ask(self.world.rng.choice(NODES), key, change, once)
+        if isinstance(again, Changed):
+            assert again.outcome == first, f"{once.name}: {first}, and then {again.outcome}"
+            self.world.coverage.hit(f"same_answer_{first.status}")
 
     def _late(self) -> bool:
         return self.world.clock.now_ms > LAST_CALL_MS

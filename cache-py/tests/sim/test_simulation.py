@@ -59,6 +59,9 @@ def test_races_partitions_pauses_and_kills_never_show_an_old_value() -> None:
         "hits",
         "line M ask_home",  # an owner leaves a named change to the home
         "asked_again",  # … and it is asked for under the same name, of another node
+        "same_answer_done",
+        "same_answer_mismatch",  # the answer to a named change without effect lasts as well
+        "same_answer_absent",
         "net_reordered",
         "net_duplicated",
         "net_dropped",

@@ -28,7 +28,7 @@ class LittleNet:
         self.answers: dict[tuple[str, int], Answer] = {}
         for name in names:
             self.start(name, 1)
-        self._introduce()
+        self.introduce()
 
     def start(self, name: str, epoch: int) -> Machine:
         """A new life of `name`, with what its log remembers."""
@@ -49,9 +49,11 @@ class LittleNet:
             grants_from_ms=self.now_ms + LEASE_MS if epoch > 1 else 0.0,
         )
         self.machines[name] = machine
+        self.answers = {call: a for call, a in self.answers.items() if call[0] != name}
         return machine
 
-    def _introduce(self) -> None:
+    def introduce(self) -> None:
+        """Everybody knows which life everybody is in."""
         for machine in self.machines.values():
             for name, other in self.machines.items():
                 machine.incarnations[name] = other.epoch
@@ -80,7 +82,8 @@ class LittleNet:
     def carry_out(self, name: str, step: Step) -> None:
         for logged in step.log:
             self.log[name].append(logged)
-            self.memory[name][logged.key] = logged.record
+            if logged.record is not None:
+                self.memory[name][logged.key] = logged.record
         for target, message in step.send:
             if target == name:
                 after = self.step()

@@ -9,7 +9,7 @@ import pytest
 
 from mesi_cache.core.directory.retries import REMEMBERED_MS, Retries
 from mesi_cache.core.messages import GetM, Grant
-from mesi_cache.core.records import Cas, Claim, Incr, Once, Operation, Outcome, Write
+from mesi_cache.core.records import Cas, Claim, Delete, Incr, Once, Operation, Outcome, Write
 from mesi_cache.core.step import Changed
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,6 +89,39 @@ def test_an_answer_without_effect_is_given_again_as_well() -> None:
     again = net.ask("a", key, Cas(5, b"x"), once="mine")
     net.flow()
     assert outcome(net, first) == outcome(net, again) == Outcome("mismatch", 0)
+
+
+NO_EFFECT: list[tuple[Operation, Outcome]] = [
+    (Cas(5, b"x"), Outcome("mismatch", 1)),
+    (Delete(), Outcome("absent", 0)),
+    (Incr(1), Outcome("not_integer", 1)),
+]
+
+
+@pytest.mark.parametrize(("operation", "first"), NO_EFFECT, ids=lambda x: type(x).__name__)
+def test_an_answer_without_effect_is_the_same_after_the_death_of_all_nodes(
+    operation: Operation, first: Outcome
+) -> None:
+    net = LittleNet("a", "b", "c")
+    key = net.key_of("a")
+    if first.version:
+        net.ask("b", key, Write(b'"text"'))
+        net.flow()
+    asked = net.ask("b", key, operation, once="mine")
+    net.flow()
+    assert outcome(net, asked) == first
+    for number in range(5):  # by now it would have an effect
+        net.ask("c", key, Write(b"%d" % number))
+        net.flow()
+    for name in net.names:
+        net.start(name, 2)
+    net.introduce()
+    net.pass_time(LEASE_MS + 100)
+    before = net.memory["a"][key]
+    again = net.ask("c", key, operation, once="mine")
+    net.flow()
+    assert outcome(net, again) == first
+    assert net.memory["a"][key] == before
 
 
 def test_a_name_is_remembered_for_the_stated_time_and_no_longer() -> None:

@@ -190,13 +190,14 @@ def test_a_store_of_another_member_is_refused(tmp_path: Path) -> None:
         MainMemory.open(stranger)
 
 
+@pytest.mark.parametrize("record", [Record(b"1", 1), None], ids=["done", "without effect"])
 async def test_a_named_change_is_remembered_whether_it_is_in_the_log_or_stored(
-    tmp_path: Path,
+    record: Record | None, tmp_path: Path
 ) -> None:
     settings = _config(tmp_path)
     once, outcome = Once.of("mine", "k", Incr(1)), Outcome("done", 1, b"1")
     until_ms = int(time.time() * 1000) + 60_000
-    line = Logged("k", Record(b"1", 1), "a", 7, 0, outcome, once, until_ms)
+    line = Logged("k", record, "a", 7, 0, outcome, once, until_ms)
     row = ("mine", once.print, until_ms, outcome)
     first = Running(settings)
     first.memory.append([line])
@@ -208,4 +209,5 @@ async def test_a_named_change_is_remembered_whether_it_is_in_the_log_or_stored(
     assert _log_bytes(tmp_path) == 0
     third = Running(settings)  # from the store
     assert third.memory.restored.retries == [row]
+    assert await third.load("k") == record
     await third.crash()

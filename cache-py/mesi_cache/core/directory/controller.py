@@ -154,11 +154,8 @@ class Directory:
         if isinstance(message, GetS):
             return Event.READ if entry.record.value is not None else Event.READ_NONE
         asked.result = evaluate(message.operation, entry.record, step.wall_ms)
-        outcome, record = asked.result
+        record = asked.result[1]
         if record is None:
-            self.applied.add(asked.source, message.operation_id, outcome)
-            if message.once is not None:  # not logged: after a restart it is looked at anew
-                self.retries.add(message.once, step.wall_ms, outcome)
             return Event.NO_CHANGE
         if record.value is None or isinstance(message.operation, Claim):
             return Event.ERASE  # no copy is left of it
@@ -343,14 +340,19 @@ class Directory:
                 entry.copies.pop(asked.source, None)
 
     def _log(self, step: Step, entry: Entry, asked: Asked) -> None:
+        """What was done becomes the value and is not done again. Without effect, it is logged only
+        if it has a name: a retry under that name may come long after a restart."""
         message = asked.message
-        if asked.result is None or asked.result[1] is None or isinstance(message, GetS):
+        if asked.result is None or isinstance(message, GetS):
             return
-        outcome, entry.record = asked.result[0], asked.result[1]
+        outcome, record = asked.result
         self.applied.add(asked.source, message.operation_id, outcome)
+        if record is None and message.once is None:
+            return
+        entry.record = record or entry.record
         until_ms = self.retries.add(message.once, step.wall_ms, outcome) if message.once else 0
         step.log.append(Logged(
-            entry.key, entry.record, asked.source, message.operation_id, message.floor, outcome,
+            entry.key, record, asked.source, message.operation_id, message.floor, outcome,
             message.once, until_ms,
         ))  # fmt: skip
 

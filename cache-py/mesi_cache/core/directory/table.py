@@ -54,7 +54,7 @@ class Do(StrEnum):
     GRANT_E = "grant_e"
     GRANT_M = "grant_m"
     ANSWER = "answer"  # without a copy
-    LOG = "log"  # the operation's effect becomes the value
+    LOG = "log"  # the operation's effect becomes the value, its outcome is remembered
     LOG_DEADLINE = "log_deadline"  # the deadline's effect does: a delete
     INVALIDATE = "invalidate"
     FETCH_KEEP = "fetch_keep"
@@ -73,7 +73,7 @@ _ROWS: dict[State, dict[Event, Row]] = {
         E.READ_NONE: (S.U, (D.ANSWER,)),
         E.CHANGE: (S.EM, (D.LOG, D.GRANT_M)),
         E.ERASE: (S.U, (D.LOG, D.ANSWER)),
-        E.NO_CHANGE: (S.U, (D.ANSWER,)),
+        E.NO_CHANGE: (S.U, (D.LOG, D.ANSWER)),
         E.OUTDATED: (S.U, (D.LOG_DEADLINE, D.RESUME)),
     },
     S.S: {
@@ -81,7 +81,7 @@ _ROWS: dict[State, dict[Event, Row]] = {
         E.CHANGE: (S.BUSY_INV, (D.INVALIDATE,)),
         E.CHANGE_ALONE: (S.EM, (D.LOG, D.GRANT_M)),
         E.ERASE: (S.BUSY_INV, (D.INVALIDATE,)),
-        E.NO_CHANGE: (S.S, (D.ANSWER,)),
+        E.NO_CHANGE: (S.S, (D.LOG, D.ANSWER)),
         E.OUTDATED: (S.BUSY_INV, (D.INVALIDATE,)),
         E.GONE: (S.U, ()),
     },
