@@ -7,6 +7,7 @@ somebody made up or mistyped: the causal context also covers records that are no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 from zlib import crc32
 
@@ -36,6 +37,20 @@ def message_id(partition: int, dot: int) -> str:
     """The id that clients see."""
     name = f"{partition:x}-{dot >> SEQ_BITS:x}-{dot & _SEQ_MASK:x}"
     return f"{name}-{crc32(name.encode()) & 0xFFFF:04x}"
+
+
+def message_ids(partition: int, dots: Iterable[int]) -> list[str]:
+    """`message_id` of many; what their names begin with is made once an epoch."""
+    ids: list[str] = []
+    epoch, head, seed = -1, "", 0
+    for dot in dots:
+        if dot >> SEQ_BITS != epoch:
+            epoch = dot >> SEQ_BITS
+            head = f"{partition:x}-{epoch:x}-"
+            seed = crc32(head.encode())
+        seq = b"%x" % (dot & _SEQ_MASK)
+        ids.append(f"{head}{seq.decode()}-{crc32(seq, seed) & 0xFFFF:04x}")
+    return ids
 
 
 def parse_id(text: str) -> MessageName | None:

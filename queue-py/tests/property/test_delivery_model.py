@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from message_queue.core.delivery.backlog import Card
 from message_queue.core.delivery.invariants import check
 from message_queue.core.delivery.lifecycle import State
-from message_queue.core.delivery.model import Ended, Entry, Receipt, Settings, Verdict
+from message_queue.core.delivery.model import Ended, Receipt, Settings, Verdict
 from message_queue.core.delivery.partition import PartitionDelivery
+from message_queue.core.delivery.stored import MessageMeta
 from message_queue.core.ids import pack_dot
 
 QUEUES = ["a", "b"]
@@ -91,6 +92,10 @@ class Model:
         return sorted(ready, key=lambda m: (-m.priority, m.dot))
 
 
+SIZES = st.sampled_from([1, 1, 3, 20])
+"""Messages of a run."""
+
+
 class FakeShelf:
     """What a disk would know."""
 
@@ -109,7 +114,6 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.sut = PartitionDelivery(3, self.shelf)
         self.model = Model()
         self.next_dot = 1
-        self.shelved = 0
         self.receipts: list[tuple[int, Receipt]] = []
 
     def settle_endings(self) -> None:
@@ -122,41 +126,45 @@ class DeliveryMachine(RuleBasedStateMachine):
     def pick(self, draw: st.DataObject) -> Naive:
         return draw.draw(st.sampled_from(self.model.messages))
 
-    @rule(queue=st.sampled_from(QUEUES), messages=MESSAGES, memory_full=st.booleans())
+    @rule(
+        queue=st.sampled_from(QUEUES), messages=MESSAGES, memory_full=st.booleans(),
+        on_disk=st.booleans(), sizes=st.lists(SIZES, min_size=5, max_size=5),
+    )  # fmt: skip
     def put(
-        self, queue: str, messages: list[tuple[int, str | None, int, int]], memory_full: bool
+        self,
+        queue: str,
+        messages: list[tuple[int, str | None, int, int]],
+        memory_full: bool,
+        on_disk: bool,
+        sizes: list[int],
     ) -> None:
-        for priority, group, delay, ttl in messages:
-            dot, self.next_dot = self.next_dot, self.next_dot + 1
-            ready_at = self.now + delay if delay else 0
-            expires = self.now + ttl if ttl else 0
-            if group is None and not delay and not ttl:
-                self.shelf.cards[dot] = Card(queue, priority, 1, self.now)
-            if dot in self.shelf.cards and self.sut.deep(queue, keep_bodies=not memory_full):
-                self.sut.shelve_one(queue, dot, priority, 1)
-                self.shelved += 1
-            else:
-                self.sut.put(
-                    Entry(
-                        dot=dot,
-                        queue=queue,
-                        body=b"1",
-                        body_bytes=1,
-                        enqueued_ms=self.now,
-                        group=group,
-                        priority=priority,
-                        ready_at_ms=ready_at,
-                        expires_ms=expires,
-                    ),
-                    self.now,
-                )
-            where = "delayed" if delay else "ready"
-            self.model.messages.append(
-                Naive(dot, queue, priority, group, ready_at, expires, where, ready_at)
+        for (priority, group, delay, ttl), size in zip(messages, sizes, strict=False):
+            first, self.next_dot = self.next_dot, self.next_dot + size
+            meta = MessageMeta(
+                queue,
+                self.now,
+                7,
+                group=group,
+                priority=priority,
+                ready_at_ms=self.now + delay if delay else 0,
+                expires_ms=self.now + ttl if ttl else 0,
             )
+            if group is None and not delay and not ttl and on_disk:
+                for dot in range(first, self.next_dot):
+                    self.shelf.cards[dot] = Card(queue, priority, 1, self.now)
+            bodies = [b"%d" % (dot % 10) for dot in range(first, self.next_dot)]
+            self.sut.put_run(first, meta, bodies, not memory_full, self.now)
+            where = "delayed" if delay else "ready"
+            for dot in range(first, self.next_dot):
+                due = meta.ready_at_ms
+                self.model.messages.append(
+                    Naive(dot, queue, priority, group, due, meta.expires_ms, where, due)
+                )
 
     @rule(
-        queue=st.sampled_from(QUEUES), most=st.integers(1, 3), visibility=st.sampled_from([5, 20])
+        queue=st.sampled_from(QUEUES),
+        most=st.sampled_from([1, 2, 3, 17, 30]),
+        visibility=st.sampled_from([5, 20]),
     )
     def take(self, queue: str, most: int, visibility: int) -> None:
         expected = []
@@ -166,6 +174,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             expected.append(m.dot)
         taken = self.sut.take(queue, most, visibility, self.now)
         assert [e.dot for e in taken] == expected
+        assert all(e.body in (None, b"%d" % (e.dot % 10)) for e in taken)
         self.receipts += [(e.dot, Receipt(e.epoch, e.attempt)) for e in taken]
 
     @rule(queue=st.sampled_from(QUEUES), most=st.integers(1, 4))
@@ -227,6 +236,32 @@ class DeliveryMachine(RuleBasedStateMachine):
         verdict = self.sut.settle(m.dot, None)
         assert verdict is (Verdict.SETTLING if m.where == "settling" else Verdict.DONE)
         m.where = "settling"
+
+    @precondition(lambda self: len(self.receipts) > 1)
+    @rule(data=st.data(), strict=st.booleans())
+    def settle_many(self, data: st.DataObject, strict: bool) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(self.receipts), min_size=1, max_size=9))
+        texts = [str(receipt) if strict else None for _, receipt in chosen]
+        verdicts = self.sut.settle_all([dot for dot, _ in chosen], texts)
+        for (dot, receipt), verdict in zip(chosen, verdicts, strict=True):
+            m = next((m for m in self.model.messages if m.dot == dot), None)
+            if m is None:
+                assert verdict is Verdict.UNKNOWN
+            elif m.where == "settling":
+                assert verdict is Verdict.SETTLING
+            elif strict and receipt.attempt < m.attempt:
+                assert verdict is Verdict.OVERTAKEN
+            else:
+                assert verdict is Verdict.DONE
+                m.where = "settling"
+
+    @precondition(lambda self: any(m.where == "settling" for m in self.model.messages))
+    @rule()
+    def all_ends_are_stored(self) -> None:
+        ended = [m.dot for m in self.model.messages if m.where == "settling"]
+        self.sut.gone_all([*ended, self.next_dot], self.now)
+        self.model.messages = [m for m in self.model.messages if m.where != "settling"]
+        self.settle_endings()
 
     @precondition(lambda self: any(m.where == "settling" for m in self.model.messages))
     @rule(data=st.data())

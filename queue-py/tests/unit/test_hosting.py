@@ -4,7 +4,7 @@ lies only on disk, moves to dead letter queues and back, and refusals before roo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,16 @@ from message_queue.core.operations import (
     refusal,
 )
 from message_queue.core.placement.ring import partition_of
-from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft
+from message_queue.core.replication.drafts import (
+    AckDraft,
+    Draft,
+    PutDraft,
+    RunDraft,
+    SetDraft,
+    seqs,
+)
 from message_queue.core.replication.state import PartitionState
+from message_queue.core.runs import last_seq, put_entry
 from message_queue.hosting import Host
 from message_queue.memory import MessageMemory
 from message_queue.metrics import Metrics
@@ -145,12 +153,12 @@ class House:
             return
         state = self.store.states[host.partition]
         first = state.records.context.last(host.owner.epoch) + 1
-        entries = tuple(stamp(draft, seq) for seq, draft in enumerate(drafts, first))
+        entries = stamped(drafts, first)
         if entries:
             record = AppendRecord(host.partition, host.owner.epoch, entries)
             gone = state.apply(record)
             self.batch += 1
-            self.waiting[self.batch] = host, first + len(entries) - 1
+            self.waiting[self.batch] = host, last_seq(entries[-1])
             self.store.persist(self.batch, [record])
             self.store.forget(host.partition, gone)
         host.owner.proposed(gathered, first if entries else 0, self.now_ms)
@@ -163,12 +171,20 @@ class House:
                 host.committed(upto, self.now_ms)
 
 
-def stamp(draft: Draft, seq: int) -> Entry:
-    if isinstance(draft, PutDraft):
-        return Put(seq, draft.meta, draft.body)
-    return (
-        Ack(seq, draft.targets) if isinstance(draft, AckDraft) else Set(seq, draft.key, draft.value)
-    )
+def stamped(drafts: Sequence[Draft], seq: int) -> tuple[Entry, ...]:
+    entries: list[Entry] = []
+    for draft in drafts:
+        match draft:
+            case PutDraft(meta, body):
+                entries.append(Put(seq, meta, body))
+            case RunDraft(meta, bodies):
+                entries.append(put_entry(seq, meta, bodies))
+            case AckDraft(targets):
+                entries.append(Ack(seq, targets))
+            case SetDraft(key, value):
+                entries.append(Set(seq, key, value))
+        seq += seqs(draft)
+    return tuple(entries)
 
 
 @pytest_asyncio.fixture

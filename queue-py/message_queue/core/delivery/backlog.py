@@ -96,6 +96,35 @@ class Backlog:
             if self._head is not None and (-priority, dot) < (-self._head[0], self._head[1]):
                 self._head = None
 
+    def add_run(self, first: int, messages: int, priority: int, body_bytes: int) -> None:
+        """Messages with consecutive dots join, none of which is here yet; `body_bytes` of all of
+        them. O(1) for a thousand."""
+        level = self._levels[priority]
+        if level is None:
+            level = self._levels[priority] = DotSet()
+        epoch, seq = unpack_dot(first)
+        before = len(level)
+        level.add_range(epoch, seq, seq + messages - 1)
+        self.count += len(level) - before
+        self.bytes += body_bytes
+        if self._head is not None and (-priority, first) < (-self._head[0], self._head[1]):
+            self._head = None
+
+    def take_first(self, priority: int, most: int, below: int | None) -> list[int]:
+        """Up to `most` messages of a priority leave, in order, only those before the dot `below`.
+        The caller takes off `bytes` what their bodies take."""
+        level = self._levels[priority]
+        if level is None:
+            return []
+        dots: list[int] = []
+        for epoch, first, last in level.take_first(most, unpack_dot(below) if below else None):
+            dots += range(pack_dot(epoch, first), pack_dot(epoch, last) + 1)
+        self.count -= len(dots)
+        if not level:
+            self._levels[priority] = None
+        self._head = None
+        return dots
+
     def add_chunk(self, base: int, bits: int, priority: int, body_bytes: int) -> None:
         """Many at once: bit i is the message `base` + i (a multiple of the chunk's size).
         `body_bytes` of all of them. None is here yet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.partition import PartitionDelivery
+from message_queue.core.ids import pack_dot
 
 
 def check(machine: PartitionDelivery) -> None:
@@ -21,6 +22,7 @@ def check(machine: PartitionDelivery) -> None:
     delivered = {dot for dot, entry in machine.entries.items() if entry.attempt}
     leased = {dot for dot, entry in machine.entries.items() if entry.state is State.LEASED}
     assert delivered | leased <= set(machine.delivered) <= set(machine.entries), "untold deliveries"
+    all_waiting = {pack_dot(*dot) for dot in machine.ending.dots()}
     for view in machine.views():
         counted = [0] * len(State)
         for entry in view.members:
@@ -32,6 +34,7 @@ def check(machine: PartitionDelivery) -> None:
         waiting = [dot for _, dot in view.backlog.dots()]
         assert len(waiting) == view.backlog.count
         assert not set(waiting) & set(machine.entries), "in play and in the backlog"
+        all_waiting |= set(waiting)
         sizes = [card.body_bytes for dot in waiting if (card := machine.card(dot)) is not None]
         assert len(sizes) < len(waiting) or sum(sizes) == view.backlog.bytes, "backlog's bytes"
         # Nobody waits while something is ready for him.
@@ -47,3 +50,5 @@ def check(machine: PartitionDelivery) -> None:
             assert head.dot == first, "a group's head is not its first member"
             in_play = [e for e in members if e.state not in (State.BEHIND, State.SETTLING)]
             assert in_play in ([], [head])
+    # A body that waits in memory is that of a message that waits (or ends, purged).
+    assert set(machine.parcels.dots()) <= all_waiting, "a body outlives its message"

@@ -34,6 +34,7 @@ from message_queue.core.delivery.model import (
 from message_queue.core.delivery.partition import PartitionDelivery
 from message_queue.core.delivery.pending import (
     Configuring,
+    New,
     Pending,
     Settling,
     Storing,
@@ -46,6 +47,7 @@ from message_queue.core.operations import (
     Configure,
     Extend,
     Nack,
+    NewMessage,
     Produce,
     Results,
     Settle,
@@ -53,7 +55,7 @@ from message_queue.core.operations import (
     unknown_outcome,
 )
 from message_queue.core.replication.dots import DotSet
-from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft, SetDraft
+from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft, RunDraft, SetDraft
 
 SETTINGS_KEY = "queue/"
 NOTE_KEY = "note/"
@@ -170,51 +172,76 @@ class PartitionOwner:
             if held + len(op.messages) > limit:
                 return refusal(429, "Queue is full", 1, queue=queue, max_length=limit)
         pieces: list[int | Mark] = []
-        new: list[tuple[int, MessageMeta, bytes]] = []
-        marks: list[tuple[int, Mark]] = []
+        marked: list[tuple[int, NewMessage, Mark]] = []
+        new: list[New] = []
+        bodies: list[bytes] = []
+        like: NewMessage | None = None
         count = 0
-        drafts = self._drafts
+
+        def end_run() -> None:
+            if like is not None:
+                meta = stored.meta_of(queue, like, now_ms, wall_ms)
+                run = New(count - len(bodies), meta, tuple(bodies))
+                new.append(run)
+                self._drafts.append(RunDraft(stored.encode(meta), run.bodies))
+                self.storing_bytes += run.body_bytes
+                bodies.clear()
+
         for message in op.messages:
-            dedupe_id = message.dedupe_id
-            if dedupe_id is not None:
-                mark = self._window.find((queue, dedupe_id, message.moved), now_ms)
+            if message.dedupe_id is not None:
+                key = (queue, message.dedupe_id, message.moved)
+                mark = self._window.find(key, now_ms)
                 if mark is not None:
                     pieces.append(mark)
                     continue
-            meta = stored.meta_of(queue, message, now_ms, wall_ms)
-            drafts.append(PutDraft(stored.encode(meta), message.body))
-            pieces.append(count)
-            new.append((count, meta, message.body))
-            self.storing_bytes += len(message.body)
-            count += 1
-            if dedupe_id is not None:
                 mark = Mark(0, 0, now_ms + DEDUPE_WINDOW_MS)
-                self._window.add((queue, dedupe_id, message.moved), mark)
-                raw = stored.encode(DedupeMark(queue, dedupe_id, 1, mark.until_ms, message.moved))
-                drafts.append(PutDraft(raw, b""))
-                marks.append((count, mark))
-                count += 1
-        self._storing[queue] += len(new)
+                self._window.add(key, mark)
+                marked.append((count, message, mark))
+            if like is None or not stored.alike(like, message):
+                end_run()
+                like = message
+            bodies.append(message.body)
+            pieces.append(count)
+            count += 1
+        end_run()
+        marks = self._mark(queue, marked, count)
+        self._storing[queue] += count
         self._gathered.append(
             Storing(
                 token=token,
-                drafts=count,
+                drafts=len(new) + len(marks),
+                seqs=count + len(marks),
                 queue=queue,
                 batch=op.batch,
-                pieces=tuple(pieces),
+                pieces=pieces,
                 new=tuple(new),
-                marks=tuple(marks),
+                messages=count,
+                marks=marks,
             )
         )
         return None
+
+    def _mark(
+        self, queue: str, marked: list[tuple[int, NewMessage, Mark]], at: int
+    ) -> tuple[tuple[int, int, Mark], ...]:
+        """Drafts the marks of new messages, to be stored behind the messages of their request."""
+        marks: list[tuple[int, int, Mark]] = []
+        for offset, message, mark in marked:
+            dedupe_id = message.dedupe_id or ""
+            meta = DedupeMark(queue, dedupe_id, at - offset, mark.until_ms, message.moved)
+            self._drafts.append(PutDraft(stored.encode(meta), b""))
+            marks.append((at, offset, mark))
+            at += 1
+        return tuple(marks)
 
     def settle(self, token: int, op: Settle) -> Answer | None:
         """Acknowledge. The answer's body is a `Results`."""
         statuses: list[int] = []
         dots: list[int] = []
-        for dot, text in zip(op.dots, op.receipts, strict=False):
-            receipt = parse_receipt(text) if text is not None else None
-            match self.delivery.settle(dot, receipt):
+        for dot, verdict in zip(
+            op.dots, self.delivery.settle_all(op.dots, op.receipts), strict=False
+        ):
+            match verdict:
                 case Verdict.DONE | Verdict.SETTLING:
                     # One that is settling already is acked once more: it is done when stored.
                     statuses.append(200)
@@ -255,7 +282,7 @@ class PartitionOwner:
         except msgspec.ValidationError as e:
             return refusal(400, "Invalid field", detail=str(e))
         self._drafts.append(SetDraft(SETTINGS_KEY + op.queue, _json.encode(after)))
-        self._gathered.append(Configuring(token, 1, queue=op.queue, settings=after))
+        self._gathered.append(Configuring(token, 1, 1, queue=op.queue, settings=after))
         return None
 
     def purge(self, token: int, queue: str, delete: bool) -> Answer | None:
@@ -272,7 +299,7 @@ class PartitionOwner:
             return None
         self._end(0, dots, None, waiting)
         self._drafts.append(SetDraft(SETTINGS_KEY + queue, b""))
-        self._gathered.append(Configuring(token, 1, queue=queue, answer=answer))
+        self._gathered.append(Configuring(token, 1, 1, queue=queue, answer=answer))
         return None
 
     def remove(self, dots: Sequence[int], note: str | None = None) -> None:
@@ -285,7 +312,7 @@ class PartitionOwner:
     def keep_note(self, token: int, key: str, value: bytes) -> None:
         """Remember something about the partition for the next owner; empty: forget it."""
         self._drafts.append(SetDraft(key, value))
-        self._gathered.append(Settling(token, 1, answer=Answer(200)))
+        self._gathered.append(Settling(token, 1, 1, answer=Answer(200)))
 
     def exhaust(self, letters: Iterable[tuple[int, int]]) -> None:
         """At takeover: the last owner was about to move these (dot, attempts) to their dead letter
@@ -345,9 +372,8 @@ class PartitionOwner:
         drafts, gathered = self._drafts, self._gathered
         size = at = count = 0
         for pending in gathered:
-            for draft in drafts[at : at + pending.drafts]:
-                if isinstance(draft, PutDraft):
-                    size += len(draft.body)
+            if isinstance(pending, Storing):
+                size += sum(new.body_bytes for new in pending.new)
             if count and size > max_bytes:
                 break
             at += pending.drafts
@@ -370,16 +396,12 @@ class PartitionOwner:
         at = first or self._assigned + 1
         for pending in gathered:
             if isinstance(pending, Storing):
-                for offset, mark in pending.marks:
+                pending.first = at
+                for offset, message, mark in pending.marks:
                     mark.mark_dot = pack_dot(self.epoch, at + offset)
-                    mark.message_dot = mark.mark_dot - 1
-            start, at = at, at + pending.drafts
+                    mark.message_dot = pack_dot(self.epoch, at + message)
+            at += pending.seqs
             pending.last = at - 1
-            if isinstance(pending, Storing):
-                pending.new = tuple((start + o, meta, body) for o, meta, body in pending.new)
-                pending.pieces = tuple(
-                    p if isinstance(p, Mark) else start + p for p in pending.pieces
-                )
             self._pending.append(pending)
         self._assigned = at - 1
         self.committed(self._upto, now_ms)
@@ -400,8 +422,7 @@ class PartitionOwner:
                 case Storing():
                     self._stored(item, now_ms)
                 case Settling(dots=dots, answer=answer, purged=purged):
-                    for dot in dots:
-                        self.delivery.gone(dot, now_ms)
+                    self.delivery.gone_all(dots, now_ms)
                     if purged is not None:
                         self.delivery.purged(purged)
                     if answer is not None:
@@ -438,36 +459,29 @@ class PartitionOwner:
             ending.update(DotSet(spans))
             spans = ending.spans()
         self._drafts.append(AckDraft(spans))
-        self._gathered.append(Settling(token, 1, dots=tuple(dots), answer=answer, purged=purged))
+        self._gathered.append(Settling(token, 1, 1, dots=tuple(dots), answer=answer, purged=purged))
 
     def _stored(self, item: Storing, now_ms: int) -> None:
-        self._storing[item.queue] -= len(item.new)
+        self._storing[item.queue] -= item.messages
         if not self._storing[item.queue]:
             del self._storing[item.queue]
-        for seq, meta, body in item.new:
-            self.storing_bytes -= len(body)
-            dot = pack_dot(self.epoch, seq)
-            if (
-                self.delivery.deep(item.queue, self.keep_bodies)
-                and (card := self.delivery.card(dot)) is not None
-            ):
-                self.delivery.shelve_one(item.queue, dot, card.priority, len(body))
-                continue
-            kept = body if self.keep_bodies else None
-            self.delivery.put(stored.entry_of(dot, meta, kept, len(body)), now_ms)
+        first = pack_dot(self.epoch, item.first)
+        for new in item.new:
+            self.storing_bytes -= new.body_bytes
+            self.delivery.put_run(
+                first + new.offset, new.meta, new.bodies, self.keep_bodies, now_ms
+            )
         if not item.token:
             return
-        dots = [
-            p.message_dot if isinstance(p, Mark) else pack_dot(self.epoch, p) for p in item.pieces
-        ]
+        dots = [p.message_dot if isinstance(p, Mark) else first + p for p in item.pieces]
         self._finish(item.token, created(self.partition, item, dots))
 
     def _undo(self, pending: Pending, now_ms: int) -> None:
         match pending:
             case Storing(queue=queue, new=new, marks=marks):
-                self._storing[queue] -= len(new)
-                self.storing_bytes -= sum(len(body) for _, _, body in new)
-                for _, mark in marks:
+                self._storing[queue] -= pending.messages
+                self.storing_bytes -= sum(run.body_bytes for run in new)
+                for _, _, mark in marks:
                     mark.until_ms = 0  # closed: the id is free again
             case Settling(dots=dots, purged=purged):
                 for dot in dots:

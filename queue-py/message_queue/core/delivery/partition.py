@@ -13,7 +13,7 @@ meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from message_queue.core.delivery.backlog import Purged, Shelf
 from message_queue.core.delivery.leases import Lease
@@ -28,6 +28,7 @@ from message_queue.core.delivery.model import (
     Settings,
     Verdict,
     default_settings,
+    parse_receipt,
 )
 from message_queue.core.delivery.queues import (
     MAX_IDLE_QUEUES,
@@ -36,7 +37,8 @@ from message_queue.core.delivery.queues import (
     QueueView,
     Waiter,
 )
-from message_queue.core.delivery.stock import Stock
+from message_queue.core.delivery.stock import DRAWN_AT_LEAST, Stock
+from message_queue.core.delivery.stored import MessageMeta, entry_of, waits_for_nothing
 from message_queue.core.ids import unpack_dot
 
 
@@ -93,6 +95,46 @@ class PartitionDelivery(Stock):
             if queue.waiters:
                 self._serve(queue, now_ms)
 
+    def put_run(
+        self, first: int, meta: MessageMeta, bodies: Sequence[bytes], keep: bool, now_ms: int
+    ) -> None:
+        """Messages with consecutive dots and one meta became durable; `keep`: there is room for
+        their bodies in memory. Costs little more than one, if they are plain."""
+        if waits_for_nothing(meta):
+            queue = self._queue(meta.queue)
+            if self._wait(queue, first, meta, bodies, keep):
+                if queue.waiters:
+                    self._serve(queue, now_ms)
+                return
+        for dot, body in enumerate(bodies, first):
+            self.put(entry_of(dot, meta, body if keep else None, len(body)), now_ms)
+
+    def gone_all(self, dots: Iterable[int], now_ms: int) -> None:
+        """`gone` for many."""
+        entries, delivered = self.entries, self.delivered
+        touched: dict[str, Queue] = {}
+        for dot in dots:
+            entry = entries.get(dot)
+            if entry is None:
+                continue
+            if entry.state is not State.SETTLING or entry.group is not None:
+                self.gone(dot, now_ms)
+                continue
+            del entries[dot]
+            queue = touched.get(entry.queue)
+            if queue is None:
+                queue = touched[entry.queue] = self._queues[entry.queue]
+            queue.counts[State.SETTLING] -= 1
+            queue.bytes -= entry.body_bytes
+            if delivered.pop(dot, None) is not None:
+                self.deliveries_changed += 1
+            if entry.body is not None:
+                self.resident_bytes -= entry.body_bytes
+                entry.body = None
+            entry.state = State.GONE
+        for queue in touched.values():
+            self._tidy(queue)
+
     def gone(self, dot: int, now_ms: int) -> Entry | None:
         """A message's end is durable: forget it. Returns what it was, None if nothing was held."""
         entry = self.entries.pop(dot, None)
@@ -109,12 +151,16 @@ class PartitionDelivery(Stock):
             entry.body = None
         if entry.group is not None:
             self._advance(queue, entry.group, entry, now_ms)
+        self._tidy(queue)
+        return entry
+
+    def _tidy(self, queue: Queue) -> None:
+        """Something of a queue is gone."""
         queue.tidy()
         if not queue.held and len(self._queues) > MAX_IDLE_QUEUES:
             queue.used = False
             self._drop_if_idle(queue)
         self._timers.trim(self.entries, len(self.entries))
-        return entry
 
     def restore_lease(self, lease: Lease, now_ms: int) -> None:
         """At takeover: the previous owner had delivered this message."""
@@ -202,6 +248,32 @@ class PartitionDelivery(Stock):
             return entry
         self._move(self._queues[entry.queue], entry, State.SETTLING)
         return Verdict.DONE
+
+    def settle_all(self, dots: Sequence[int], receipts: Sequence[str | None]) -> list[Verdict]:
+        """`settle` for many; receipts as their texts."""
+        verdicts: list[Verdict] = []
+        epoch = attempt = -1
+        current = ""
+        queue: Queue | None = None
+        for dot, text in zip(dots, receipts, strict=False):
+            entry = self.entries.get(dot)
+            if entry is not None and entry.state is State.LEASED:
+                if entry.attempt != attempt or entry.epoch != epoch:
+                    epoch, attempt = entry.epoch, entry.attempt
+                    current = str(Receipt(epoch, attempt))
+                if text is None or text == current:
+                    # What `_move` would do.
+                    if queue is None or queue.name != entry.queue:
+                        queue = self._queues[entry.queue]
+                    queue.counts[State.LEASED] -= 1
+                    queue.counts[State.SETTLING] += 1
+                    self.deliveries_changed += 1
+                    entry.state = State.SETTLING
+                    verdicts.append(Verdict.DONE)
+                    continue
+            receipt = parse_receipt(text) if text is not None else None
+            verdicts.append(self.settle(dot, receipt))
+        return verdicts
 
     def unsettle(self, dot: int, now_ms: int) -> None:
         """The end was refused for certain: the message stands where it stood."""
@@ -366,6 +438,12 @@ class PartitionDelivery(Stock):
         lease_ms = queue.settings.visibility_ms if visibility_ms is None else visibility_ms
         taken: list[Entry] = []
         while len(taken) < most:
+            if most - len(taken) >= DRAWN_AT_LEAST:
+                drawn = self._draw(queue, most - len(taken))
+                if drawn:
+                    self._lease_drawn(queue, drawn, now_ms, now_ms + lease_ms)
+                    taken += drawn
+                    continue
             entry = self._next(queue, most - len(taken))
             if entry is None:
                 break
@@ -378,6 +456,20 @@ class PartitionDelivery(Stock):
             self._lease_until(queue, entry, now_ms + lease_ms)
             taken.append(entry)
         return taken
+
+    def _lease_drawn(self, queue: Queue, drawn: list[Entry], now_ms: int, due_ms: int) -> None:
+        """Messages straight from the backlog are leased: READY and LEASED in the same moment."""
+        epoch, delivered, add_timer = self.epoch, self.delivered, self._timers.add
+        for entry in drawn:
+            entry.state = State.LEASED
+            entry.epoch = epoch
+            entry.attempt = 1
+            entry.leased_ms = now_ms
+            entry.due_ms = due_ms
+            delivered[entry.dot] = entry
+            add_timer(due_ms, entry.dot)
+        queue.counts[State.LEASED] += len(drawn)
+        self.deliveries_changed += len(drawn)
 
     def _serve(self, queue: Queue, now_ms: int) -> None:
         """Hand ready messages to those who wait, first come, first served."""
@@ -414,7 +506,7 @@ class PartitionDelivery(Stock):
         """The message that a consumer means, or why it has no say about it."""
         entry = self._find(dot)
         if entry is None:
-            return Verdict.SETTLING if self._ending.has(*unpack_dot(dot)) else Verdict.UNKNOWN
+            return Verdict.SETTLING if self.ending.has(*unpack_dot(dot)) else Verdict.UNKNOWN
         if entry.state is State.SETTLING:
             return Verdict.SETTLING
         return Verdict.OVERTAKEN if self._overtaken(entry, receipt) else entry

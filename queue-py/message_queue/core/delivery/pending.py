@@ -20,18 +20,38 @@ class _Pending(Struct, eq=False):
 
     token: int
     drafts: int
+    seqs: int
+    """How many its drafts take."""
     last: int = 0
     """The seq at which it is done."""
+
+
+class New(Struct, frozen=True, eq=False):
+    """Messages of a request that follow each other and share a meta."""
+
+    offset: int
+    """Of the first one's seq, from the request's first."""
+    meta: MessageMeta
+    bodies: tuple[bytes, ...]
+
+    @property
+    def body_bytes(self) -> int:
+        """Of all of them."""
+        return sum(map(len, self.bodies))
 
 
 class Storing(_Pending):
     queue: str = ""
     batch: bool = False
-    pieces: tuple[int | Mark, ...] = ()
-    """For each message of the request: the offset of its draft, or the mark it repeats."""
-    new: tuple[tuple[int, MessageMeta, bytes], ...] = ()
-    marks: tuple[tuple[int, Mark], ...] = ()
-    """(offset of the mark's draft, mark); the message's draft stands right before it."""
+    first: int = 0
+    """Its first seq, once it was proposed."""
+    pieces: Sequence[int | Mark] = ()
+    """For each message of the request: the offset of its seq, or the mark it repeats."""
+    new: tuple[New, ...] = ()
+    messages: int = 0
+    """How many are new."""
+    marks: tuple[tuple[int, int, Mark], ...] = ()
+    """(offset of the mark's seq, offset of its message's, mark)"""
 
 
 class Settling(_Pending):
@@ -54,9 +74,14 @@ Pending = Storing | Settling | Configuring
 def spans_of(dots: Sequence[int]) -> Spans:
     """Packed dots as spans: sorted, joined where they touch."""
     spans: list[Span] = []
-    for epoch, seq in map(unpack_dot, sorted(set(dots))):
-        if spans and spans[-1][0] == epoch and spans[-1][2] + 1 == seq:
-            spans[-1] = (epoch, spans[-1][1], seq)
-        else:
-            spans.append((epoch, seq, seq))
+    first = last = -1
+    for dot in sorted(set(dots)):
+        # No epoch has so many records that the next one's dots would follow on its own.
+        if dot != last + 1:
+            if first >= 0:
+                spans.append((*unpack_dot(first), unpack_dot(last)[1]))
+            first = dot
+        last = dot
+    if first >= 0:
+        spans.append((*unpack_dot(first), unpack_dot(last)[1]))
     return tuple(spans)

@@ -3,17 +3,21 @@ wait in their queue's backlog, of which a bit is all that is in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from message_queue.core.delivery.backlog import Purged, Shelf
+from message_queue.core.delivery.backlog import Card, Purged, Shelf
 from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.model import Entry
+from message_queue.core.delivery.parcels import Parcel, Parcels
 from message_queue.core.delivery.queues import Queue, QueueBook
+from message_queue.core.delivery.stored import MessageMeta
 from message_queue.core.delivery.timers import Timers
 from message_queue.core.replication.dots import DotSet
 
 RECALLED_AT_LEAST = 64
 RECALLED_AT_ONCE = 256
+DRAWN_AT_LEAST = 16
+"""Consumers that ask for fewer take them from the line: 64 at least come into play at a time."""
 ENTRY_BYTES = 640
 """About what a message in play takes in memory besides its body (measured)."""
 
@@ -27,11 +31,13 @@ class Stock(QueueBook):
         super().__init__(shelf)
         self.entries: dict[int, Entry] = {}
         self.resident_bytes = 0
-        """Bodies in memory."""
+        """Bodies of messages in play that are in memory."""
+        self.parcels = Parcels()
+        """Those of messages in backlogs."""
         self._timers = Timers()
         self._retained: dict[str, int] = {}
         """Queue -> when the oldest message of its backlog may expire."""
-        self._ending = DotSet()
+        self.ending = DotSet()
         """Purged out of a backlog: their end is being stored."""
 
     @property
@@ -41,20 +47,31 @@ class Stock(QueueBook):
 
     @property
     def memory_bytes(self) -> int:
-        """About what the messages in play take. O(1)."""
-        return self.resident_bytes + ENTRY_BYTES * len(self.entries)
+        """About what messages in play, and bodies, take. O(1)."""
+        return self.resident_bytes + self.parcels.bytes + ENTRY_BYTES * len(self.entries)
+
+    def card(self, dot: int) -> Card | None:
+        """What is known of a message that waits."""
+        return self.parcels.card(dot) or super().card(dot)
 
     # ── into the backlog ────────────────────────────────────────────────────────────────────────
 
-    def deep(self, queue_name: str, keep_bodies: bool) -> bool:
-        """Whether a plain message that is stored now should wait in the backlog: memory is full, or
-        others wait there already."""
-        if self.shelf is None:
+    def _wait(
+        self, queue: Queue, first: int, meta: MessageMeta, bodies: Sequence[bytes], keep: bool
+    ) -> bool:
+        """Plain messages that were stored now join the backlog, if that is the place for them:
+        several at once, or one behind others. `keep`: their bodies stay in memory."""
+        if len(bodies) == 1 and keep and (queue.waiters or not queue.backlog.count):
             return False
-        queue = self._queues.get(queue_name)
-        if queue is None:
-            return not keep_bodies
-        return not queue.waiters and (not keep_bodies or queue.backlog.count > 0)
+        if keep:
+            self.parcels.add(first, meta, bodies)
+        elif super().card(first) is None or super().card(first + len(bodies) - 1) is None:
+            return False  # committed by the others before this node's own disk has it
+        queue.used = True
+        queue.backlog.add_run(first, len(bodies), meta.priority, sum(map(len, bodies)))
+        if queue.settings.retention_ms is not None and queue.name not in self._retained:
+            self._watch_retention(queue)
+        return True
 
     def shelve(self, queue_name: str, base: int, bits: int, priority: int, body_bytes: int) -> None:
         """Plain messages join a backlog: those whose bit is set, counted from the dot `base`, a
@@ -63,14 +80,6 @@ class Stock(QueueBook):
         queue.used = True
         queue.backlog.add_chunk(base, bits, priority, body_bytes)
         self._watch_retention(queue)
-
-    def shelve_one(self, queue_name: str, dot: int, priority: int, body_bytes: int) -> None:
-        """A plain message that is on the shelf joins the backlog."""
-        queue = self._queue(queue_name)
-        queue.used = True
-        queue.backlog.add(dot, priority, body_bytes)
-        if queue.settings.retention_ms is not None and queue.name not in self._retained:
-            self._watch_retention(queue)
 
     # ── out of it ───────────────────────────────────────────────────────────────────────────────
 
@@ -111,14 +120,53 @@ class Stock(QueueBook):
         for dot in queue.backlog.first(priority, _within(most)):
             self._recall(queue, priority, dot)
 
+    def _draw(self, queue: Queue, most: int) -> list[Entry]:
+        """Up to `most` messages from the head of the backlog, as far as they come before those in
+        line: in play, and in no state yet. [] also if their lifetime must be watched."""
+        head = queue.backlog.head()
+        if head is None or queue.settings.retention_ms is not None:
+            return []
+        entry, below = queue.line.peek(), None
+        if entry is not None:
+            if before(entry, head):
+                return []
+            below = entry.dot if entry.priority == head[0] else None
+        drawn: list[Entry] = []
+        parcel: Parcel | None = None
+        priority, name, entries = head[0], queue.name, self.entries
+        total = 0
+        for dot in queue.backlog.take_first(priority, most, below):
+            if parcel is None or not parcel.first <= dot < parcel.first + len(parcel.bodies):
+                parcel = self.parcels.holding(dot)
+            entry = self._entry(name, priority, dot, parcel)
+            total += entry.body_bytes
+            entries[dot] = entry
+            drawn.append(entry)
+        queue.backlog.bytes -= total
+        queue.bytes += total
+        queue.recalled.extend(drawn)
+        return drawn
+
+    def _entry(self, name: str, priority: int, dot: int, parcel: Parcel | None) -> Entry:
+        """A message comes into play, out of its parcel if it has one."""
+        if parcel is not None:
+            body, meta = self.parcels.take(parcel, dot), parcel.meta
+            size = len(body)
+            self.resident_bytes += size
+            return Entry(
+                dot, name, body, size, meta.enqueued_ms, meta.wall_ms, meta.headers, meta.origin,
+                None, priority,
+            )  # fmt: skip
+        card = super().card(dot)
+        if card is None:
+            # It turned out unreadable a moment ago: reading it will say so.
+            return Entry(dot, name, None, 0, 1 << 62, priority=priority)
+        return Entry(dot, name, None, card.body_bytes, card.enqueued_ms, priority=priority)
+
     def _recall(self, queue: Queue, priority: int, dot: int) -> Entry:
-        card = self.card(dot)
-        # Without a card it turned out unreadable a moment ago: reading it will say so.
-        size, enqueued_ms = (
-            (card.body_bytes, card.enqueued_ms) if card is not None else (0, 1 << 62)
-        )
+        entry = self._entry(queue.name, priority, dot, self.parcels.holding(dot))
+        size = entry.body_bytes
         queue.backlog.remove(dot, priority, size)
-        entry = Entry(dot, queue.name, None, size, enqueued_ms, priority=priority)
         entry.state = State.READY
         self.entries[dot] = entry
         queue.counts[State.READY] += 1
@@ -146,17 +194,20 @@ class Stock(QueueBook):
     def _end_backlog(self, queue: Queue) -> Purged | None:
         purged = queue.backlog.end_all(queue.name)
         if purged is not None:
-            self._ending.update(purged.all())
+            self.ending.update(purged.all())
         return purged
 
     def purged(self, purged: Purged) -> None:
         """The end of these is durable."""
         self._queue(purged.queue).backlog.gone(purged)
-        self._ending = self._ending.minus(purged.all())
+        gone = purged.all()
+        self.ending = self.ending.minus(gone)
+        if self.parcels.bytes:
+            self.parcels.drop(gone)
 
     def _unpurge(self, queue: Queue, purged: Purged) -> None:
         queue.backlog.back(purged)
-        self._ending = self._ending.minus(purged.all())
+        self.ending = self.ending.minus(purged.all())
         self._watch_retention(queue)
 
     def _expired(self, now_ms: int) -> Iterator[tuple[Queue, Entry]]:

@@ -84,7 +84,7 @@ def _digest(raw: bytes) -> Plain | bytes:
         return raw[:UNREADABLE_BYTES]
     if not isinstance(meta, MessageMeta):
         return raw
-    if meta.group is None and not (meta.ready_at_ms or meta.expires_ms):
+    if waits_for_nothing(meta):
         return Plain(meta.queue, min(max(meta.priority, 0), 9), max(0, meta.enqueued_ms))
     if meta.headers is None and meta.origin is None:
         return raw
@@ -92,6 +92,23 @@ def _digest(raw: bytes) -> Plain | bytes:
 
 
 _digest_short = lru_cache(maxsize=256)(_digest)
+
+
+def waits_for_nothing(meta: MessageMeta) -> bool:
+    """Whether it is `Plain`."""
+    return meta.group is None and not (meta.ready_at_ms or meta.expires_ms)
+
+
+def alike(one: NewMessage, other: NewMessage) -> bool:
+    """Whether two messages that are sent together have the same meta."""
+    return (
+        one.headers == other.headers
+        and one.priority == other.priority
+        and one.delay_ms == other.delay_ms
+        and one.ttl_ms == other.ttl_ms
+        and one.group_id == other.group_id
+        and one.origin == other.origin
+    )
 
 
 def meta_of(queue: str, message: NewMessage, now_ms: int, wall_ms: int) -> MessageMeta:

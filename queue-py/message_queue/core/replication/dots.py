@@ -193,6 +193,29 @@ class DotSet:
                     return found
         return found
 
+    def take_first(self, most: int, below: tuple[int, int] | None = None) -> list[Span]:
+        """Take out up to ``most`` of the smallest dots, only those smaller than ``below``: as
+        spans, in order."""
+        taken: list[Span] = []
+        while most and self._epochs:
+            epoch = min(self._epochs)
+            chunks = self._epochs[epoch]
+            number = min(chunks)
+            bits = chunks[number]
+            _, first, last = next(runs_in(epoch, number << 10, bits))
+            last = min(last, first + most - 1)
+            if below is not None:
+                if (epoch, first) >= below:
+                    break
+                if epoch == below[0]:
+                    last = min(last, below[1] - 1)
+            gone = mask(first & 1023, last & 1023)
+            self._store(epoch, chunks, number, bits ^ gone)
+            most -= last - first + 1
+            self._count -= last - first + 1
+            taken.append((epoch, first, last))
+        return taken
+
     def add_chunk(self, dot: int, bits: int) -> None:
         """The chunk that begins at a packed dot, as ``chunk`` gives it."""
         epoch, seq = unpack_dot(dot)
