@@ -19,6 +19,7 @@ from aiohttp import web
 from mesi_cache.api import app as application
 from mesi_cache.api import connection
 from mesi_cache.api.events import EventHub
+from mesi_cache.api.express import Express
 from mesi_cache.config import Address, Config, ConfigError
 from mesi_cache.metrics import Metrics
 from mesi_cache.node import Node
@@ -110,7 +111,10 @@ class Member:
         await runner.setup()
         member = cls(node, links, runner)
         member._listener = await asyncio.get_running_loop().create_server(
-            connection.factory(runner), sock=opened.listening, ssl=server_ssl, backlog=1024
+            connection.factory(runner, Express(node, metrics, config.max_body_bytes)),
+            sock=opened.listening,
+            ssl=server_ssl,
+            backlog=1024,
         )
         await links.start()
         log.info("node %s listening on %s", config.node_id, config.url)

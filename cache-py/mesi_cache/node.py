@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mesi_cache import metrics
 from mesi_cache.api.events import EventHub
+from mesi_cache.api.keys import Listener
 from mesi_cache.clock import now_ms
 from mesi_cache.config import Config
 from mesi_cache.core.cache.table import LETTER
@@ -76,7 +77,8 @@ class Node:
         self._cache = self.machine.cache
         self._grants_from_ms = grants_from_ms
         self._links: Links[Wire] | None = None
-        self._calls: dict[int, asyncio.Future[Answer]] = {}
+        self._calls: dict[int, Listener] = {}
+        self._drained: asyncio.Future[None] | None = None  # somebody waits until no call is left
         self._ripening = Ripening()
         self._hurry: asyncio.TimerHandle | None = None
         self._own: list[Message] = []  # messages to this member itself
@@ -124,6 +126,15 @@ class Node:
     def timed_hit(self, began_ms: float) -> None:
         """Take note of how long one hit took that began at `began_ms`."""
         self._metrics.hit_ms.observe(now_ms() - began_ms)
+
+    def begin(self, key: str, operation: Operation | None, listener: Listener) -> None:
+        reason = self._refusal(1)
+        if reason is not None:
+            listener.set_result(Unavailable(True, reason))
+            return
+        step = self._step()
+        self._calls[self._cache.submit(step, key, operation)] = listener
+        self._carry_out(step)
 
     async def read(self, key: str) -> Found | Missing | Unavailable:
         began = now_ms()
@@ -177,13 +188,8 @@ class Node:
         return [_as_change(answer) for answer in answers]
 
     async def _ask(self, key: str, operation: Operation | None) -> Answer:
-        reason = self._refusal(1)
-        if reason is not None:
-            return Unavailable(True, reason)
-        step = self._step()
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._calls[self._cache.submit(step, key, operation)] = future
-        self._carry_out(step)
+        self.begin(key, operation, future)
         return await future
 
     async def _ask_many(
@@ -378,9 +384,11 @@ class Node:
 
     def _answer(self, answers: Iterable[tuple[int, Answer]]) -> None:
         for token, answer in answers:
-            future = self._calls.pop(token, None)
-            if future is not None and not future.done():
-                future.set_result(answer)
+            listener = self._calls.pop(token, None)
+            if listener is not None and not listener.done():
+                listener.set_result(answer)
+        if self._drained is not None and not self._calls and not self._drained.done():
+            self._drained.set_result(None)
 
     def _load(self, step: Step) -> None:
         if step.load:
@@ -434,13 +442,13 @@ class Node:
         Peers that are down are not waited for."""
         self._stopping = True
         if self._calls:
-            await asyncio.wait(list(self._calls.values()), timeout=1.0)
+            self._drained = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self._drained,), timeout=1.0)
         step = self._step()
         self.machine.leave(step, HAND_OVER)
         self._carry_out(step)
-        for future in list(self._calls.values()):
-            if not future.done():
-                future.set_result(Unavailable(False, "This node is stopping"))
+        stopping = Unavailable(False, "This node is stopping")
+        self._answer([(token, stopping) for token in self._calls])
         for timer in (self._timer, self._hurry):
             if timer is not None:
                 timer.cancel()

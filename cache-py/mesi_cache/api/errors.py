@@ -29,6 +29,11 @@ _LIFE, _numbers = secrets.token_hex(6), itertools.count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 
+def next_request_id() -> str:
+    """For a request that brought none."""
+    return f"{_LIFE}-{next(_numbers):x}"
+
+
 class ApiError(Exception):
     """An answer other than success: `status`, the stable sentence, details, headers."""
 
@@ -65,7 +70,7 @@ def middleware(check: Callable[[web.Request], None]) -> Middleware:
         if given is not None and _REQUEST_ID.fullmatch(given):
             request_id = given
         else:
-            request_id = f"{_LIFE}-{next(_numbers):x}"
+            request_id = next_request_id()
         request[REQUEST_ID] = request_id
         metrics = request.app[METRICS]
         metrics.requests += 1

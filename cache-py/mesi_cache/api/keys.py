@@ -13,8 +13,18 @@ from aiohttp import web
 from mesi_cache.api.events import EventHub
 from mesi_cache.config import Config
 from mesi_cache.core.records import Operation
-from mesi_cache.core.step import Changed, Found, Missing, Unavailable
+from mesi_cache.core.step import Answer, Changed, Found, Missing, Unavailable
 from mesi_cache.metrics import Metrics
+
+
+class Listener(Protocol):
+    """Who waits for an answer; a future of asyncio's is one."""
+
+    def done(self) -> bool:
+        """Nobody waits any longer."""
+
+    def set_result(self, answer: Answer, /) -> None:
+        """Called at most once, and not if `done`."""
 
 
 class Service(Protocol):
@@ -22,6 +32,10 @@ class Service(Protocol):
 
     def lookup(self, key: str) -> Found | None:
         """A hit, at once and without any message; None if the line cannot be shown now."""
+
+    def begin(self, key: str, operation: Operation | None, listener: Listener) -> None:
+        """Start a read (`operation` None) or change that has no name. Its answer is told within
+        5 s, maybe before this returns; it goes on if nobody listens any longer."""
 
     async def read(self, key: str) -> Found | Missing | Unavailable:
         """The value of `key`, from this cache or its home; answered within 5 s."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.resources import files
-from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
 from mesi_cache.api import schemas
+from mesi_cache.api.answers import answer_of, one_of_many, unavailable
 from mesi_cache.api.errors import ApiError, json_response
-from mesi_cache.api.keys import EVENTS, REQUEST_ID, SERVICE, Service
+from mesi_cache.api.keys import EVENTS, REQUEST_ID, SERVICE
 from mesi_cache.api.openapi import Route, document
 from mesi_cache.api.schemas import (
     IDEMPOTENCY_KEY,
@@ -21,16 +21,11 @@ from mesi_cache.api.schemas import (
     read_json,
     read_query,
 )
-from mesi_cache.core.records import Cas, Delete, Incr, Operation, Outcome, Write
-from mesi_cache.core.step import Changed, Found, Missing, Unavailable
+from mesi_cache.core.records import Write
+from mesi_cache.core.step import Unavailable
 
-_write = msgspec.json.Decoder(schemas.Write)
-_cas = msgspec.json.Decoder(schemas.Cas)
-_delete = msgspec.json.Decoder(schemas.Delete)
-_incr = msgspec.json.Decoder(schemas.Incr)
 _read_many = msgspec.json.Decoder(schemas.ReadMany)
 _write_many = msgspec.json.Decoder(schemas.WriteMany)
-T = TypeVar("T")
 _PAGE = files("mesi_cache.dashboard").joinpath("index.html").read_bytes()
 
 
@@ -38,13 +33,9 @@ _PAGE = files("mesi_cache.dashboard").joinpath("index.html").read_bytes()
 
 
 async def read(request: web.Request) -> web.Response:
-    # The one call that must cost next to nothing: a plain key needs no URL to be taken apart.
-    key = request.raw_path.removeprefix("/read?key=")
-    if not (key.isalnum() and key.isascii() and len(key) <= 64):
-        key = check_key(read_query(request, schemas.KeyQuery).key)
+    key = check_key(read_query(request, schemas.KeyQuery).key)
     service = request.app[SERVICE]
-    found = service.lookup(key)
-    return json_response(_shown(key, found) if found else await _read(service, key))
+    return json_response(answer_of(key, None, service.lookup(key) or await service.read(key)))
 
 
 async def mread(request: web.Request) -> web.Response:
@@ -53,39 +44,34 @@ async def mread(request: web.Request) -> web.Response:
         for i, key in enumerate((await read_json(request, _read_many)).keys)
     ]
     answers = await request.app[SERVICE].read_many(keys)
-    results = [_settled(_read_answer, key, a) for key, a in zip(keys, answers, strict=True)]
+    results = [one_of_many(key, None, answer) for key, answer in zip(keys, answers, strict=True)]
     return json_response({"results": results})
-
-
-def _shown(key: str, found: Found) -> schemas.Shown:
-    source = "cache" if found.hit else "memory"
-    value = msgspec.Raw(found.value)
-    return schemas.Shown(key, value, found.state, found.hit, source, found.version)
-
-
-async def _read(service: Service, key: str) -> schemas.Shown:
-    return _read_answer(key, service.lookup(key) or await service.read(key))
-
-
-def _read_answer(key: str, answer: Found | Missing | Unavailable) -> schemas.Shown:
-    match answer:
-        case Found() as found:
-            return _shown(key, found)
-        case Missing():
-            raise ApiError(404, "Key not found")
-        case Unavailable() as nothing:
-            raise _unavailable(nothing, key)
 
 
 # --- changes ------------------------------------------------------------------------------------
 
 
 async def write(request: web.Request) -> web.Response:
-    body = await read_json(request, _write)
-    key = check_key(body.key)
-    value = compact(body.value)
-    outcome = await _change(request, key, Write(value, body.ttl_ms or 0))
-    return json_response(_written(key, value, outcome))
+    return await _change(request, schemas.decode_write)
+
+
+async def cas(request: web.Request) -> web.Response:
+    return await _change(request, schemas.decode_cas)
+
+
+async def delete(request: web.Request) -> web.Response:
+    return await _change(request, schemas.decode_delete)
+
+
+async def incr(request: web.Request) -> web.Response:
+    return await _change(request, schemas.decode_incr)
+
+
+async def _change(request: web.Request, decode: Callable[[bytes], schemas.Asked]) -> web.Response:
+    key, operation = decode(await request.read())
+    name = idempotency_key(request) if IDEMPOTENCY_KEY in request.headers else None
+    answer = await request.app[SERVICE].change(key, operation, name)
+    return json_response(answer_of(key, operation, answer))
 
 
 async def mwrite(request: web.Request) -> web.Response:
@@ -98,79 +84,11 @@ async def mwrite(request: web.Request) -> web.Response:
         for i, item in enumerate(items)
     ]  # fmt: skip
     answers = await request.app[SERVICE].change_many(changes)
-
-    def one(key: str, change: tuple[Write, Changed | Unavailable]) -> dict[str, object]:
-        return _written(key, change[0].value, _outcome(key, change[1]))
-
     results = [
-        _settled(one, key, (operation, answer))
+        one_of_many(key, operation, answer)
         for (key, operation), answer in zip(changes, answers, strict=True)
     ]
     return json_response({"results": results})
-
-
-def _written(key: str, value: bytes, outcome: Outcome) -> dict[str, object]:
-    return {
-        "status": "ok",
-        "key": key,
-        "value": msgspec.Raw(value),
-        "state": "M",
-        "version": outcome.version,
-    }
-
-
-async def cas(request: web.Request) -> web.Response:
-    body = await read_json(request, _cas)
-    key = check_key(body.key)
-    value = compact(body.value)
-    outcome = await _change(request, key, Cas(body.expected_version, value))
-    if outcome.status == "mismatch":
-        raise ApiError(409, "Version mismatch", key=key, version=outcome.version)
-    return json_response(_written(key, value, outcome))
-
-
-async def delete(request: web.Request) -> web.Response:
-    key = check_key((await read_json(request, _delete)).key)
-    outcome = await _change(request, key, Delete())
-    return json_response({"status": "ok", "key": key, "deleted": outcome.status == "done"})
-
-
-async def incr(request: web.Request) -> web.Response:
-    body = await read_json(request, _incr)
-    key = check_key(body.key)
-    outcome = await _change(request, key, Incr(body.by))
-    if outcome.status == "not_integer" or outcome.value is None:
-        raise ApiError(409, "Value is not an integer in range", key=key, version=outcome.version)
-    return json_response(_written(key, outcome.value, outcome))
-
-
-async def _change(request: web.Request, key: str, operation: Operation) -> Outcome:
-    name = idempotency_key(request) if IDEMPOTENCY_KEY in request.headers else None
-    outcome = _outcome(key, await request.app[SERVICE].change(key, operation, name))
-    if outcome.status == "reused":
-        raise ApiError(422, "Idempotency-Key was used for another request", key=key)
-    return outcome
-
-
-def _outcome(key: str, answer: Changed | Unavailable) -> Outcome:
-    if isinstance(answer, Unavailable):
-        raise _unavailable(answer, key)
-    return answer.outcome
-
-
-def _unavailable(answer: Unavailable, key: str) -> ApiError:
-    return ApiError(
-        503, "Unavailable", headers={"Retry-After": "1"},
-        definite=answer.definite, reason=answer.reason, key=key,
-    )  # fmt: skip
-
-
-def _settled(one: Callable[[str, T], object], key: str, answer: T) -> object:
-    """One key's result in a batch: its errors stay its own."""
-    try:
-        return one(key, answer)
-    except ApiError as e:
-        return {"key": key, "error": e.error, **e.details}
 
 
 # --- looking inside -----------------------------------------------------------------------------
@@ -184,7 +102,7 @@ async def directory(request: web.Request) -> web.Response:
     key = check_key(read_query(request, schemas.KeyQuery).key)
     entry = await request.app[SERVICE].directory(key)
     if isinstance(entry, Unavailable):
-        raise _unavailable(entry, key)
+        raise unavailable(entry, key)
     return json_response(entry)
 
 

@@ -10,6 +10,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from mesi_cache.api.errors import ApiError
+from mesi_cache.core import records
 
 MAX_JSON_DEPTH = 64
 MAX_BATCH = 1000
@@ -23,6 +24,7 @@ MAX_TTL_MS = 10 * 365 * 86_400_000
 Key = Annotated[str, Meta(min_length=1, max_length=256)]
 Version = Annotated[int, Meta(ge=0, le=1 << 62)]
 
+Asked = tuple[str, records.Operation]  # a key, and what to do with it
 T = TypeVar("T")
 _encoder = msgspec.json.Encoder()
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -61,17 +63,6 @@ class Incr(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     by: Annotated[int, Meta(ge=-(1 << 53), le=1 << 53)] = 1
 
 
-class Shown(msgspec.Struct, frozen=True):
-    """The answer of GET /read."""
-
-    key: str
-    value: msgspec.Raw
-    state: str
-    hit: bool
-    source: str
-    version: int
-
-
 class ReadMany(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """POST /mread."""
 
@@ -101,7 +92,11 @@ async def read_json(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T
 
     Raises ApiError 400, or aiohttp's 413.
     """
-    body = await request.read()
+    return decode_json(await request.read(), decoder)
+
+
+def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """`body` as the decoder's type. Raises ApiError 400."""
     try:
         value = decoder.decode(body)
         if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH or _LONG_NUMBER.search(body):
@@ -135,6 +130,31 @@ def compact(value: msgspec.Raw, field: str = "value") -> bytes:
         raise ApiError(400, "Invalid field", field=field, detail=str(e)) from None
     except RecursionError:
         raise ApiError(400, "JSON nested too deeply", field=field) from None
+
+
+_write = msgspec.json.Decoder(Write)
+_cas = msgspec.json.Decoder(Cas)
+_delete = msgspec.json.Decoder(Delete)
+_incr = msgspec.json.Decoder(Incr)
+
+
+def decode_write(body: bytes) -> Asked:
+    write = decode_json(body, _write)
+    return check_key(write.key), records.Write(compact(write.value), write.ttl_ms or 0)
+
+
+def decode_cas(body: bytes) -> Asked:
+    cas = decode_json(body, _cas)
+    return check_key(cas.key), records.Cas(cas.expected_version, compact(cas.value))
+
+
+def decode_delete(body: bytes) -> Asked:
+    return check_key(decode_json(body, _delete).key), records.Delete()
+
+
+def decode_incr(body: bytes) -> Asked:
+    incr = decode_json(body, _incr)
+    return check_key(incr.key), records.Incr(incr.by)
 
 
 def read_query(request: web.Request, struct: type[T]) -> T:
