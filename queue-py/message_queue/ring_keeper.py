@@ -50,6 +50,7 @@ class RingKeeper:
         self._heard: dict[int, Member] = {}
         """As nodes announce themselves; the ring stores that with the next change."""
         self._kept = place.ring.version
+        self._keeping = False
 
     @property
     def ring(self) -> Membership:
@@ -84,7 +85,7 @@ class RingKeeper:
     def adopted(self, ring: Membership) -> None:
         """Another ring is in force."""
         node = self._node
-        node.spawn(self._keep(ring))
+        node.spawn(self._keep())
         members = nodes(ring)
         loop = asyncio.get_running_loop()
         for position in [p for p in node.addresses if p not in members]:
@@ -104,15 +105,20 @@ class RingKeeper:
         if departed(self.ring, position):
             self._node.links.remove(position)
 
-    async def _keep(self, ring: Membership) -> None:
-        """Not on the way of anything: a node that forgets a ring is told it again."""
-        if ring.version <= self._kept:
+    async def _keep(self) -> None:
+        """Not on the way of anything: a node that forgets a ring is told it again. One at a time,
+        or an older ring might replace a later one, and two writers spoil each other's file."""
+        if self._keeping:
             return
-        self._kept = ring.version
+        self._keeping = True
         try:
-            await asyncio.to_thread(keep_ring, self._data_dir, ring)
+            while (ring := self.ring).version > self._kept:
+                await asyncio.to_thread(keep_ring, self._data_dir, ring)
+                self._kept = ring.version
         except OSError as e:
             log.error("cannot keep the ring's version %d: %s", ring.version, e.strerror or e)
+        finally:
+            self._keeping = False
 
     def has_left(self, position: int) -> bool:
         """That node was a member, and never will be one again."""

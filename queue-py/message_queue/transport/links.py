@@ -38,6 +38,7 @@ HELLO_TIMEOUT_S = 2.0
 KEEPALIVE_S = 2.0
 LEFT = "has left the cluster"
 RECONNECT_S = (0.02, 0.2)
+MAX_TOLD = 256
 
 M = TypeVar("M")
 
@@ -100,6 +101,7 @@ class Links(Generic[M]):
         self._has_left = has_left
         self._outboxes = {position: _Outbox() for position in urls}
         self._known_ids: dict[int, str] = {me.position: me.node_id}
+        self._told: set[str] = set()
         self._incoming: dict[int, web.WebSocketResponse] = {}
         self._connected: set[int] = set()
         self._session: aiohttp.ClientSession | None = None
@@ -259,7 +261,7 @@ class Links(Generic[M]):
             self._check(hello, hello.position)
             await ws.send_bytes(self._encoder.encode(self._me))
         except (Refused, msgspec.MsgspecError, TypeError, TimeoutError) as e:
-            log.warning("refused a link from %s: %s", request.remote, e)
+            self._tell_refusal(f"refused a link from {request.remote}: {e}")
             await ws.close(code=aiohttp.WSCloseCode.POLICY_VIOLATION, message=str(e).encode()[:120])
             return ws
         before = self._incoming.get(hello.position)
@@ -272,6 +274,14 @@ class Links(Generic[M]):
             if self._incoming.get(hello.position) is ws:
                 del self._incoming[hello.position]
         return ws
+
+    def _tell_refusal(self, sentence: str) -> None:
+        """Once each: who is refused dials again five times a second."""
+        if sentence not in self._told:
+            if len(self._told) >= MAX_TOLD:
+                self._told.clear()
+            self._told.add(sentence)
+            log.warning("%s", sentence)
 
     async def _read(self, ws: web.WebSocketResponse, hello: Hello) -> None:
         position = hello.position

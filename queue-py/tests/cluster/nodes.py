@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+
+import msgspec
 
 from testkit.cluster import Cluster, HttpClient, NodeView, Outcome, Reply
 from testkit.history import History, Operation
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
 DEADLINE_S = 20.0
+VISIBILITY_MS = 1_000
 
 
 def queue_cluster(root: Path, *, proxied: bool = False, flags: tuple[str, ...] = ()) -> Cluster:
@@ -97,10 +101,13 @@ class Recorder:
         return result
 
     async def consume(
-        self, queue: str, most: int = 10, wait_ms: int = 0
+        self, queue: str, most: int = 10, wait_ms: int = 0, visibility_ms: int = 30_000
     ) -> list[dict[str, object]]:
-        operation = self.history.invoke(self.name, "consume", queue, {"visibility_ms": 30_000})
+        operation = self.history.invoke(
+            self.name, "consume", queue, {"visibility_ms": visibility_ms}
+        )
         path = f"/consume?queue={queue}&max={most}&wait_ms={wait_ms}"
+        path += f"&visibility_ms={visibility_ms}"
         outcome = await self._ask("GET", path)
         found = []
         if isinstance(outcome, Reply) and outcome.status == 200:
@@ -131,3 +138,73 @@ async def leftovers(cluster: Cluster, queue: str, ask: int = 0) -> set[str]:
                 return found
             assert reply.status == 200, reply
             found |= {message["id"] for message in reply.json["messages"]}
+
+
+async def configure(cluster: Cluster, queue: str) -> None:
+    """Short leases, and no dead letters: they have other ids."""
+    settings = msgspec.json.encode({"visibility_ms": VISIBILITY_MS, "max_deliveries": None})
+
+    async def done() -> bool:
+        async with cluster.client(0) as client:
+            reply = await client.request("PUT", f"/queues/{queue}", body=settings)
+        return isinstance(reply, Reply) and reply.status == 200
+
+    await until(f"{queue} is configured", done)
+
+
+async def producer(
+    cluster: Cluster,
+    history: History,
+    number: int,
+    stop: asyncio.Event,
+    queues: Sequence[str],
+    nodes: Sequence[int],
+) -> None:
+    """Stores numbered bodies through any of these nodes."""
+    recorder = Recorder(cluster, history, f"p{number}", number)
+    rng = random.Random(number)
+    count = 0
+    while not stop.is_set():
+        recorder.target = rng.choice(nodes)
+        await recorder.produce(rng.choice(queues), f"{number}/{count}")
+        count += 1
+        await asyncio.sleep(rng.uniform(0, 0.04))
+    recorder.close()
+
+
+async def consumer(
+    cluster: Cluster,
+    history: History,
+    number: int,
+    stop: asyncio.Event,
+    queues: Sequence[str],
+    nodes: Sequence[int],
+) -> None:
+    """Takes through any of these nodes, and acks nine of ten."""
+    recorder = Recorder(cluster, history, f"c{number}", number)
+    rng = random.Random(100 + number)
+    while not stop.is_set():
+        recorder.target = rng.choice(nodes)
+        queue = rng.choice(queues)
+        for message in await recorder.consume(
+            queue, 5, wait_ms=rng.choice((0, 200)), visibility_ms=VISIBILITY_MS
+        ):
+            if rng.random() < 0.9:
+                await recorder.ack(queue, message)
+        await asyncio.sleep(rng.uniform(0, 0.04))
+    recorder.close()
+
+
+async def drained(cluster: Cluster, queues: Sequence[str], ask: int = 0) -> set[str]:
+    """Ids of all that is still stored, once no lease runs any more."""
+    found: set[str] = set()
+    for queue in queues:
+
+        async def at_rest(queue: str = queue) -> bool:
+            async with cluster.client(ask) as client:
+                shown = await client.get(f"/queues/{queue}")
+            return isinstance(shown, Reply) and shown.status == 200 and not shown.json["in_flight"]
+
+        await until(f"{queue} is at rest", at_rest)
+        found |= await leftovers(cluster, queue, ask)
+    return found

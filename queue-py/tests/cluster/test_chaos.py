@@ -15,14 +15,13 @@ import shutil
 import time
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from testkit.checkers import total_queue
-from testkit.cluster import Cluster, Reply
+from testkit.cluster import Cluster
 from testkit.history import History
 
-from .nodes import Recorder, leftovers, queue_cluster, until
+from .nodes import configure, consumer, drained, producer, queue_cluster
 
 pytestmark = [
     pytest.mark.cluster,
@@ -30,7 +29,6 @@ pytestmark = [
 ]
 
 QUEUES = ("alpha", "beta")
-VISIBILITY_MS = 1_000
 
 
 class Chaos:
@@ -101,8 +99,14 @@ async def test_chaos_loses_nothing_and_brings_nothing_back(tmp_path: Path) -> No
     async with queue_cluster(tmp_path, proxied=True) as cluster:
         for queue in QUEUES:
             await configure(cluster, queue)
-        work = [asyncio.create_task(producer(cluster, history, n, stop)) for n in range(3)]
-        work += [asyncio.create_task(consumer(cluster, history, n, stop)) for n in range(3)]
+        work = [
+            asyncio.create_task(producer(cluster, history, n, stop, QUEUES, range(3)))
+            for n in range(3)
+        ]
+        work += [
+            asyncio.create_task(consumer(cluster, history, n, stop, QUEUES, range(3)))
+            for n in range(3)
+        ]
         chaos = Chaos(cluster, seed)
         until_s = time.monotonic() + (60 * soak_minutes or 8)
         try:
@@ -112,7 +116,7 @@ async def test_chaos_loses_nothing_and_brings_nothing_back(tmp_path: Path) -> No
         finally:
             stop.set()
             await asyncio.gather(*work)
-        verdict = total_queue.check(history, leftovers=await drained(cluster), one_id=True)
+        verdict = total_queue.check(history, leftovers=await drained(cluster, QUEUES), one_id=True)
         if not verdict.valid:
             history.save(tmp_path / "chaos.jsonl")
         done = sum(o.status == "ok" for o in history)
@@ -120,55 +124,3 @@ async def test_chaos_loses_nothing_and_brings_nothing_back(tmp_path: Path) -> No
         print(f"seed {seed}: {done} ok, {doubt} in doubt, faults {chaos.met}, {verdict}")
         verdict.require()
         assert done > 50
-
-
-async def configure(cluster: Cluster, queue: str) -> None:
-    """Short leases, and no dead letters: they have other ids."""
-    settings = msgspec.json.encode({"visibility_ms": VISIBILITY_MS, "max_deliveries": None})
-
-    async def done() -> bool:
-        async with cluster.client(0) as client:
-            reply = await client.request("PUT", f"/queues/{queue}", body=settings)
-        return isinstance(reply, Reply) and reply.status == 200
-
-    await until(f"{queue} is configured", done)
-
-
-async def producer(cluster: Cluster, history: History, number: int, stop: asyncio.Event) -> None:
-    recorder = Recorder(cluster, history, f"p{number}", number)
-    rng = random.Random(number)
-    count = 0
-    while not stop.is_set():
-        recorder.target = rng.randrange(3)
-        await recorder.produce(rng.choice(QUEUES), f"{number}/{count}")
-        count += 1
-        await asyncio.sleep(rng.uniform(0, 0.04))
-    recorder.close()
-
-
-async def consumer(cluster: Cluster, history: History, number: int, stop: asyncio.Event) -> None:
-    recorder = Recorder(cluster, history, f"c{number}", number)
-    rng = random.Random(100 + number)
-    while not stop.is_set():
-        recorder.target = rng.randrange(3)
-        queue = rng.choice(QUEUES)
-        for message in await recorder.consume(queue, 5, wait_ms=rng.choice((0, 200))):
-            if rng.random() < 0.9:
-                await recorder.ack(queue, message)
-        await asyncio.sleep(rng.uniform(0, 0.04))
-    recorder.close()
-
-
-async def drained(cluster: Cluster) -> set[str]:
-    """Ids of all that is still stored, once no lease runs any more."""
-    found: set[str] = set()
-    for queue in QUEUES:
-
-        async def at_rest(queue: str = queue) -> bool:
-            async with cluster.client(0) as client:
-                shown = await client.get(f"/queues/{queue}")
-            return isinstance(shown, Reply) and shown.status == 200 and not shown.json["in_flight"]
-
-        await until(f"{queue} is at rest", at_rest)
-        found |= await leftovers(cluster, queue)
-    return found

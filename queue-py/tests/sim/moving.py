@@ -91,8 +91,7 @@ class MovingNode(SimNode):
                 if gained.partition == RING_PARTITION:
                     self.host.cover("coordinator_elected_during_a_change")
         for note in fx.notes:
-            if note.name == "moving":
-                self.harness.moving(self.host.name)
+            self.harness.noted(self.host.name, note.name)
 
 
 class Moving(Stopping):
@@ -191,11 +190,11 @@ class Moving(Stopping):
             else:
                 node.host.cover("join_finished" if before.joining is not None else "leave_finished")
 
-    def moving(self, name: str) -> None:
-        """An owner is about to hand a partition to other replicas: sometimes that kills it."""
+    def noted(self, name: str, what: str) -> None:
+        """A node said so. An owner is about to hand a partition to other replicas: sometimes that
+        kills it."""
         rng = self.world.rng
-        self.world.coverage.hit("moving")
-        if not self.stopped and rng.random() < 0.1:
+        if what == "moving" and not self.stopped and rng.random() < 0.1:
             self.world.coverage.hit("owner_killed_in_a_move")
             self.world.clock.call_later(rng.uniform(0, 30), self.kill, name)
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from delivery import DELIVERY
 from harness import CALM, DAMAGE, FAULTS, FIVE, WIPES
 from moving import CALM_MOVES, MOVES, MOVES_WIPES
+from phases import KINDS, PHASED, PHASES
 
 pytestmark = pytest.mark.sim
 
@@ -106,3 +107,12 @@ def test_a_changing_ring_survives_a_lost_disk() -> None:
     coverage = many(MOVES_WIPES, seeds(5))
     coverage.require("fault_wipe", len(seeds(5)) // 3)
     coverage.require("join_finished", len(seeds(5)))
+
+
+def test_a_fault_in_the_middle_of_any_phase_of_a_change_loses_nothing() -> None:
+    coverage = many(PHASED, seeds(8))
+    for name in ("join_finished", "leave_finished", "leaver_erased", "machine_reused"):
+        coverage.require(name, len(seeds(8)) // 3)
+    if len(seeds(8)) >= 100:
+        missed = [(kind, at) for kind in KINDS for at in PHASES if not coverage[f"{kind}_in_{at}"]]
+        assert len(missed) < 8, f"no fault of these kinds in these phases: {missed}"
