@@ -152,7 +152,7 @@ class Bench:
             self.table.add(f"produce p50 ms, {size} B, 1 client", system.name, median(latencies))
         else:
             self.table.add(f"produce/s, {of}", system.name, rate)
-            self.table.add("  its CPU us a message", system.name, used) if batch == 1 else None
+            self.table.add(f"  CPU us a message, {of}", system.name, used)
         for session in sessions:
             session.close()
 
@@ -169,9 +169,12 @@ class Bench:
         async def work(session: Session) -> int:
             return len(await session.take(batch, 0.3))
 
-        rate, _ = await closed_loop(work, sessions, self.args.seconds)
+        before = cpu_s(system.pids())
+        rate, latencies = await closed_loop(work, sessions, self.args.seconds)
+        used = (cpu_s(system.pids()) - before) / max(1, len(latencies) * batch) * 1e6
         of = f"{clients} clients" + (f", batches of {batch}" if batch > 1 else "")
         self.table.add(f"consume+ack/s, {of}", system.name, rate)
+        self.table.add(f"  CPU us a message, consume, {of}", system.name, used)
         for session in sessions:
             session.close()
 

@@ -223,22 +223,22 @@ class Host:
             return Delivered(_NOTHING)
         self.metrics.delivered += len(taken)
         self.metrics.redelivered += sum(entry.attempt > 1 for entry in taken)
-        receipts = [(entry.dot, Receipt(entry.epoch, entry.attempt)) for entry in taken]
+        # As of now: should it go back later, another delivery may have come since.
+        attempts = [entry.attempt for entry in taken]
         try:
             bodies = await self.bodies(taken)
         except asyncio.CancelledError:
-            self._release(receipts)
+            self._undo(taken, attempts)
             raise
         if bodies is None:
-            self._release(receipts)
+            self._undo(taken, attempts)
             return Delivered(refusal(503, "Message unreadable here", 1, definite=True))
-        rendered = [
-            message(self.partition, entry, body, receipt=True)
-            for entry, body in zip(taken, bodies, strict=True)
-        ]
-        body = messages(rendered) if op.batch else rendered[0]
+        if op.batch:
+            body = messages(self.partition, taken, bodies, receipt=True)
+        else:
+            body = message(self.partition, taken[0], bodies[0], receipt=True)
         answer = Answer(200, body, messages=len(taken))
-        return Delivered(answer, lambda: self._release(receipts))
+        return Delivered(answer, lambda: self._undo(taken, attempts))
 
     async def _wait(self, op: Consume) -> list[Entry] | None:
         """Stand in line: messages, [] when the time is over, None when the ownership ended."""
@@ -262,6 +262,12 @@ class Host:
             self._polls.pop(token, None)
             self.owner.delivery.cancel(token)
             polled.cancel()
+
+    def _undo(self, taken: Sequence[Entry], attempts: Sequence[int]) -> None:
+        """What this owner leased reached nobody."""
+        epoch = self.owner.epoch
+        its = zip(taken, attempts, strict=True)
+        self._release([(entry.dot, Receipt(epoch, attempt)) for entry, attempt in its])
 
     def _release(self, receipts: Sequence[tuple[int, Receipt]]) -> None:
         now_ms = self.around.cluster_ms()
@@ -442,12 +448,4 @@ class Host:
         bodies = await self.bodies(entries)
         if bodies is None:
             return refusal(503, "Message unreadable here", 1, definite=True)
-        return Answer(
-            200,
-            messages(
-                [
-                    message(self.partition, entry, body, receipt=False)
-                    for entry, body in zip(entries, bodies, strict=True)
-                ]
-            ),
-        )
+        return Answer(200, messages(self.partition, entries, bodies, receipt=False))

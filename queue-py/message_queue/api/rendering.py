@@ -9,7 +9,7 @@ from functools import lru_cache
 import msgspec
 
 from message_queue.core.delivery.model import Entry
-from message_queue.core.ids import message_id
+from message_queue.core.ids import id_bytes
 
 _json = msgspec.json.Encoder()
 
@@ -29,16 +29,44 @@ def timestamp(wall_ms: int) -> str:
 
 def message(partition: int, entry: Entry, body: bytes, receipt: bool) -> bytes:
     """A message as `/consume` (with receipt) and `/peek` (without) show it."""
-    parts = [
-        b'{"id":"%b","queue":%b,"body":%b,"headers":%b,"attempt":%d'
-        % (
-            message_id(partition, entry.dot).encode(),
-            _json.encode(entry.queue),
-            body,
-            entry.headers or b"{}",
-            entry.attempt,
-        )
-    ]
+    return b"".join(_parts(partition, [entry], [body], receipt))
+
+
+def messages(
+    partition: int, entries: Sequence[Entry], bodies: Sequence[bytes], receipt: bool
+) -> bytes:
+    """Several of them. What neighbours have in common is rendered once."""
+    return b'{"messages":[%b]}' % b"".join(_parts(partition, entries, bodies, receipt))
+
+
+def _parts(
+    partition: int, entries: Sequence[Entry], bodies: Sequence[bytes], receipt: bool
+) -> list[bytes]:
+    parts: list[bytes] = []
+    before: Entry | None = None
+    middle = tail = b""
+    for entry, body in zip(entries, bodies, strict=True):
+        if (
+            before is None
+            or entry.queue != before.queue
+            or entry.attempt != before.attempt
+            or entry.epoch != before.epoch
+            or entry.wall_ms != before.wall_ms
+            or entry.headers != before.headers
+            or entry.origin != before.origin
+        ):
+            middle = b'","queue":%b,"body":' % _json.encode(entry.queue)
+            tail = _tail(entry, receipt)
+            before = entry
+        parts += (b',{"id":"', id_bytes(partition, entry.dot), middle, body, tail)
+    if parts:
+        parts[0] = b'{"id":"'
+    return parts
+
+
+def _tail(entry: Entry, receipt: bool) -> bytes:
+    """What comes after the body."""
+    parts = [b',"headers":%b,"attempt":%d' % (entry.headers or b"{}", entry.attempt)]
     if receipt:
         parts.append(b',"receipt":"%d.%d"' % (entry.epoch, entry.attempt))
     parts.append(b',"enqueued_at":"%b"' % timestamp(entry.wall_ms).encode())
@@ -46,8 +74,3 @@ def message(partition: int, entry: Entry, body: bytes, receipt: bool) -> bytes:
         parts.append(b"," + entry.origin)
     parts.append(b"}")
     return b"".join(parts)
-
-
-def messages(rendered: Sequence[bytes]) -> bytes:
-    """Several of them."""
-    return b'{"messages":[%b]}' % b",".join(rendered)

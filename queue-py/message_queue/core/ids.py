@@ -7,7 +7,7 @@ somebody made up or mistyped: the causal context also covers records that are no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 from zlib import crc32
 
@@ -33,39 +33,58 @@ def unpack_dot(dot: int) -> tuple[int, int]:
     return dot >> SEQ_BITS, dot & _SEQ_MASK
 
 
+@lru_cache(maxsize=1024)
+def _head(partition: int, epoch: int) -> tuple[bytes, int]:
+    """What the ids of a partition and an epoch begin with, and its CRC."""
+    head = b"%x-%x-" % (partition, epoch)
+    return head, crc32(head)
+
+
+@lru_cache(maxsize=1024)
+def _known_head(head: str) -> tuple[int, int, int] | None:
+    """(partition, epoch, CRC) of what an id begins with; None: no id does."""
+    parts = head.split("-")
+    if len(parts) != 3:
+        return None
+    try:
+        partition, epoch = int(parts[0], 16), int(parts[1], 16)
+    except ValueError:
+        return None
+    if not (0 <= partition < 4096 and 0 < epoch <= MAX_EPOCH):
+        return None
+    canonical, seed = _head(partition, epoch)
+    return (partition, epoch, seed) if canonical.decode() == head else None
+
+
 def message_id(partition: int, dot: int) -> str:
     """The id that clients see."""
-    name = f"{partition:x}-{dot >> SEQ_BITS:x}-{dot & _SEQ_MASK:x}"
-    return f"{name}-{crc32(name.encode()) & 0xFFFF:04x}"
+    return id_bytes(partition, dot).decode()
 
 
-def message_ids(partition: int, dots: Iterable[int]) -> list[str]:
-    """`message_id` of many; what their names begin with is made once an epoch."""
-    ids: list[str] = []
-    epoch, head, seed = -1, "", 0
-    for dot in dots:
-        if dot >> SEQ_BITS != epoch:
-            epoch = dot >> SEQ_BITS
-            head = f"{partition:x}-{epoch:x}-"
-            seed = crc32(head.encode())
-        seq = b"%x" % (dot & _SEQ_MASK)
-        ids.append(f"{head}{seq.decode()}-{crc32(seq, seed) & 0xFFFF:04x}")
-    return ids
+def id_bytes(partition: int, dot: int) -> bytes:
+    """`message_id` as it stands in JSON."""
+    head, seed = _head(partition, dot >> SEQ_BITS)
+    seq = b"%x" % (dot & _SEQ_MASK)
+    return b"%b%b-%04x" % (head, seq, crc32(seq, seed) & 0xFFFF)
 
 
 def parse_id(text: str) -> MessageName | None:
     """What `message_id` gave, or None: such an id was never issued."""
     if len(text) > 64:
         return None
-    parts = text.split("-")
-    if len(parts) != 4:
+    cut = text.rfind("-", 0, -5) + 1
+    known = _known_head(text[:cut])
+    if known is None:
         return None
+    partition, epoch, seed = known
     try:
-        partition, epoch, seq = int(parts[0], 16), int(parts[1], 16), int(parts[2], 16)
+        seq = int(text[cut:-5], 16)
     except ValueError:
         return None
-    if not (0 <= partition < 4096 and 0 < epoch <= MAX_EPOCH and 0 < seq <= _SEQ_MASK):
+    if not 0 < seq <= _SEQ_MASK:
         return None
-    dot = epoch << SEQ_BITS | seq
+    digits = b"%x" % seq
     # Only one text names it: the canonical one, with its check.
-    return MessageName(partition, dot) if message_id(partition, dot) == text else None
+    if text[cut:] != f"{digits.decode()}-{crc32(digits, seed) & 0xFFFF:04x}":
+        return None
+    return MessageName(partition, epoch << SEQ_BITS | seq)

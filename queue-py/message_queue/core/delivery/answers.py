@@ -10,7 +10,7 @@ import msgspec
 from message_queue.core.delivery.dedupe import Mark
 from message_queue.core.delivery.model import Verdict
 from message_queue.core.delivery.pending import Storing
-from message_queue.core.ids import message_id, message_ids
+from message_queue.core.ids import id_bytes, message_id
 from message_queue.core.operations import Answer, refusal
 
 _json = msgspec.json.Encoder()
@@ -20,7 +20,7 @@ def created(partition: int, item: Storing, dots: Sequence[int]) -> Answer:
     """Messages are stored; `dots`: of each message of the request, or of the one it repeats."""
     status = 201 if item.new else 200
     if item.batch:
-        ids = '","'.join(message_ids(partition, dots)).encode()
+        ids = b'","'.join([id_bytes(partition, dot) for dot in dots])
         tail = b""
         if item.messages < len(dots):
             repeated = [n for n, piece in enumerate(item.pieces) if isinstance(piece, Mark)]
@@ -30,7 +30,7 @@ def created(partition: int, item: Storing, dots: Sequence[int]) -> Answer:
         queue = _json.encode(item.queue)
         text = b'{"ids":["%b"],"queue":%b,"status":"created"%b}' % (ids, queue, tail)
         return Answer(status, text, messages=item.messages)
-    name = message_id(partition, dots[0]).encode()
+    name = id_bytes(partition, dots[0])
     queue = _json.encode(item.queue)
     tail = b"}" if item.new else b',"duplicate":true}'
     text = b'{"id":"%b","queue":%b,"status":"created"%b' % (name, queue, tail)
