@@ -24,7 +24,6 @@ from message_queue.core.placement.membership import Declined, changing, departed
 from message_queue.core.replication.drafts import NotOwner
 from message_queue.core.replication.effects import Note
 from message_queue.core.replication.governor import Changed, Join, Leave
-from message_queue.transport.links import LEFT
 
 if TYPE_CHECKING:
     from message_queue.node import Node
@@ -124,10 +123,9 @@ class RingKeeper:
         """That node was a member, and never will be one again."""
         return departed(self.ring, position)
 
-    def refused(self, position: int, reason: str) -> None:
-        """A peer does not talk to this node."""
-        if LEFT in reason:
-            self.leave(f"node {position} says so")
+    def dismissed(self, position: int) -> None:
+        """A peer does not talk to this node any more, because it has left."""
+        self.leave(f"node {position} says so")
 
     def leave(self, why: str) -> None:
         """This node is no member any more."""

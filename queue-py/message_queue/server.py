@@ -89,7 +89,7 @@ async def serve(config: Config, place: Place, listening: socket.socket, data_dir
         message_type=AnyMessage, on_batch=node.on_batch, on_up=node.on_up, on_down=node.on_down,
         secret=config.cluster_secret,
         client_ssl=tls.client_context(config.tls) if config.tls else None, metrics=metrics,
-        on_refused=node.keeper.refused, has_left=node.keeper.has_left,
+        on_left=node.keeper.dismissed, has_left=node.keeper.has_left,
     )  # fmt: skip
     node.attach(links)
     peer_routes = [

@@ -1,10 +1,10 @@
 """GET /stream: the service for clients that stay, over one WebSocket. The frames: `frames.py`.
 
 ```
-reader: frame ─▶ items ─▶ service.begin(operation, done) ─┐ many under way, no task for any
-feeders: one a subscription, while it has credit ─────────┤
-                                                          ▼
-writer: all that gathered while the last frame was being written leaves as the next one
+frame ─▶ items ─▶ service.begin(operation, done) ─┐ many under way, no task for any
+feeders: one a subscription, while it has credit ─┤
+                                                  ▼
+flush: all that one turn of the loop had to say to a client leaves as one frame
 ```
 
 Bounded on all sides: items under way (429), credit, subscriptions, connections. Who does not read
@@ -22,7 +22,7 @@ from contextlib import suppress
 from functools import partial
 from typing import assert_never
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, web
 
 from message_queue.api import frames
 from message_queue.api.errors import ApiError
@@ -57,6 +57,7 @@ from message_queue.core.operations import (
 )
 from message_queue.core.placement.ring import PARTITIONS
 from message_queue.metrics import Metrics
+from message_queue.websocket import TEXT, WebSocket
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ MAX_SUBSCRIPTIONS = 64
 MAX_UNDER_WAY = 4096
 """Items of one connection that are not answered yet; more are refused (429)."""
 UNSENT_BYTES = 4 << 20
-"""Beyond this the reader waits until the client has taken some of it."""
+"""Beyond this nothing is read from the client until it has taken some of it."""
 FRAME_BYTES = 1 << 20
 HEARTBEAT_S = 15.0
 FLUSH_S = 0.3
@@ -81,6 +82,8 @@ class Streams:
 
     def __init__(self) -> None:
         self._open: set[_Stream] = set()
+        self._talking: list[_Stream] = []
+        """Have something to send at the end of this turn of the loop."""
         self._closed = False
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
@@ -91,26 +94,29 @@ class Streams:
             reason = "Node is stopping" if self._closed else "Too many streams"
             raise ApiError(503, reason, headers={"Retry-After": "1"}, definite=True)
         app = request.app
-        ws = web.WebSocketResponse(
-            heartbeat=HEARTBEAT_S,
-            compress=False,
-            max_msg_size=app[CONFIG].max_body_bytes,
-            decode_text=False,
-        )
-        await ws.prepare(request)
-        stream = _Stream(ws, request.transport, app[SERVICE], app[METRICS])
+        stream = _Stream(self, app[SERVICE], app[METRICS])
         self._open.add(stream)
         try:
-            await stream.run()
+            return await stream.run(request, app[CONFIG].max_body_bytes)
         finally:
             self._open.discard(stream)
-        return ws
 
     async def stop(self) -> None:
         """The node stops: no new work, a moment for the answers under way, then 1001 (going away):
         clients go on at another node."""
         self._closed = True
         await asyncio.gather(*(stream.stop() for stream in list(self._open)))
+
+    def flush_soon(self, stream: _Stream) -> None:
+        """Have it send what it has when this turn of the loop is over: one frame for all."""
+        if not self._talking:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._talking.append(stream)
+
+    def _flush(self) -> None:
+        talking, self._talking = self._talking, []
+        for stream in talking:
+            stream.flush()
 
 
 STREAMS = web.AppKey("streams", Streams)
@@ -119,20 +125,16 @@ STREAMS = web.AppKey("streams", Streams)
 class _Stream:
     """One connection. Everything runs on the event loop."""
 
-    def __init__(
-        self,
-        ws: web.WebSocketResponse,
-        transport: asyncio.Transport | None,
-        service: Service,
-        metrics: Metrics,
-    ) -> None:
-        self._ws = ws
-        self._transport = transport
+    def __init__(self, streams: Streams, service: Service, metrics: Metrics) -> None:
+        self._ws: WebSocket
+        self._streams = streams
         self._service = service
         self._metrics = metrics
-        self._unsent: list[tuple[bytes, Delivered | None]] = []
+        self._unsent: list[bytes] = []
         self._unsent_bytes = 0
-        self._wake = asyncio.Event()
+        self._undelivered: dict[int, Delivered] = {}
+        """Those of `_unsent`, by place, that leased something."""
+        self._flushing = False
         self._room = asyncio.Event()
         self._room.set()
         self._under_way = 0
@@ -142,32 +144,32 @@ class _Stream:
         self._idle = asyncio.Event()
         """Stopping, and nothing is under way or unsent."""
 
-    async def run(self) -> None:
+    async def run(self, request: web.Request, max_bytes: int) -> web.StreamResponse:
         """Serve until either side closes."""
-        writer = asyncio.create_task(self._write(), name="stream-writer")
-        writer.add_done_callback(self.ended)
+        self._ws = await WebSocket.open(request, max_bytes=max_bytes, heartbeat_s=HEARTBEAT_S)
         try:
-            await self._read()
+            self._ws.listen(self._take)
+            await self._ws.closed()
         finally:
             self._closed = True
-            writer.cancel()
+            self._ws.end()
             feeders = [subscription.task for subscription in self._subscriptions.values()]
             for task in feeders:
                 task.cancel()
-            await asyncio.gather(writer, *feeders, return_exceptions=True)
-            for _, delivered in self._unsent:
-                if delivered is not None:
-                    delivered.undo()
+            await asyncio.gather(*feeders, return_exceptions=True)
+            for delivered in self._undelivered.values():
+                delivered.undo()
+            self._undelivered.clear()
             self._unsent.clear()
+        return self._ws.response
 
     def ended(self, task: asyncio.Task[None]) -> None:
-        """The writer or a feeder ended by itself: without it the connection is of no use."""
+        """A feeder ended by itself: without it the connection is of no use."""
         if task.cancelled() or self._closed:
             return
         if (failure := task.exception()) is not None:
             log.error("a stream's %s failed", task.get_name(), exc_info=failure)
-        if self._transport is not None:
-            self._transport.abort()
+        self._ws.abort()
 
     async def stop(self) -> None:
         """Deliver no more, finish what is under way, close."""
@@ -178,33 +180,30 @@ class _Stream:
         with suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_S):
                 await self._idle.wait()
-        with suppress(ConnectionError):
+        self._ws.close(WSCloseCode.GOING_AWAY, "node is stopping")
+        with suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_S):
-                await self._ws.close(code=WSCloseCode.GOING_AWAY, message=b"node is stopping")
+                await self._ws.closed()
 
     # ── in ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def _read(self) -> None:
-        async for message in self._ws:
-            if message.type is not WSMsgType.TEXT:
-                if message.type is WSMsgType.BINARY:
-                    text = b"frames are text"
-                    await self._ws.close(code=WSCloseCode.UNSUPPORTED_DATA, message=text)
-                return
-            acks: list[_Acking] = []
-            for item in frames.parse(message.data):
-                self._metrics.requests += 1
-                if isinstance(item, Bad):
-                    self._fail(item.cid, item.error)
-                    continue
-                try:
-                    self._do(item, acks)
-                except ApiError as error:
-                    self._fail(item.cid, error)
-            if acks:
-                self._settle(acks)
-            if not self._room.is_set():
-                await self._room.wait()
+    def _take(self, opcode: int, payload: bytes) -> None:
+        """A frame came in."""
+        if opcode != TEXT:
+            self._ws.close(WSCloseCode.UNSUPPORTED_DATA, "frames are text")
+            return
+        acks: list[_Acking] = []
+        for item in frames.parse(payload):
+            self._metrics.requests += 1
+            if isinstance(item, Bad):
+                self._fail(item.cid, item.error)
+                continue
+            try:
+                self._do(item, acks)
+            except ApiError as error:
+                self._fail(item.cid, error)
+        if acks:
+            self._settle(acks)
 
     def _do(self, item: Item, acks: list[_Acking]) -> None:
         """Begin one item. Raises ApiError for what is refused at once."""
@@ -247,7 +246,8 @@ class _Stream:
     def _done(self, cid: Cid | None, reply: Answer) -> None:
         self._under_way -= 1
         self._answer(cid, reply)
-        self._note_idle()
+        if self._stopping:
+            self._note_idle()
 
     def _note_idle(self) -> None:
         if self._stopping and not (self._under_way or self._unsent):
@@ -348,39 +348,58 @@ class _Stream:
             if delivered is not None:
                 delivered.undo()
             return
-        self._unsent.append((item, delivered))
+        if delivered is not None:
+            self._undelivered[len(self._unsent)] = delivered
+        self._unsent.append(item)
         self._unsent_bytes += len(item)
-        if self._unsent_bytes > UNSENT_BYTES:
+        if not self._flushing:
+            self._flushing = True
+            self._streams.flush_soon(self)
+        if self._unsent_bytes > UNSENT_BYTES and self._room.is_set():
             self._room.clear()
-        self._wake.set()
+            self._ws.pause_reading()
 
-    async def _write(self) -> None:
+    def flush(self) -> None:
+        """Write what waits, as long as the connection takes it. What it has not taken when it
+        closes is undone by `run`."""
         ws = self._ws
-        while True:
-            if not self._unsent:
-                self._note_idle()
-                self._wake.clear()
-                await self._wake.wait()
-            size = count = 0
-            for item, _ in self._unsent:
-                size += len(item)
-                count += 1
-                if size >= FRAME_BYTES:
-                    break
-            part = [item for item, _ in self._unsent[:count]]
-            if ws.closed:
-                return  # `run` gives back what was not sent
-            # Leaves `_unsent` only when the connection has taken it: the next `await` may be the
-            # last.
-            sent, self._unsent = self._unsent[:count], self._unsent[count:]
-            try:
-                await ws.send_frame(b"[" + b",".join(part) + b"]", WSMsgType.TEXT)
-            except ConnectionError:
-                self._unsent = sent + self._unsent
+        while self._unsent:
+            if ws.full:
+                ws.when_drained(self.flush)
                 return
-            self._unsent_bytes -= size
-            if self._unsent_bytes <= UNSENT_BYTES // 2:
-                self._room.set()
+            part = self._unsent
+            if self._unsent_bytes > FRAME_BYTES:
+                part = self._first(FRAME_BYTES)
+            if not ws.send(b"[" + b",".join(part) + b"]", TEXT):
+                return
+            self._sent(part)
+        self._flushing = False
+        if self._stopping:
+            self._note_idle()
+
+    def _first(self, most_bytes: int) -> list[bytes]:
+        """About that much of what waits, one item at least."""
+        size = 0
+        for count, item in enumerate(self._unsent, 1):
+            size += len(item)
+            if size >= most_bytes:
+                return self._unsent[:count]
+        return self._unsent
+
+    def _sent(self, part: list[bytes]) -> None:
+        """The connection has taken it."""
+        count = len(part)
+        if part is self._unsent:
+            self._unsent, self._unsent_bytes = [], 0
+            if self._undelivered:
+                self._undelivered = {}
+        else:
+            self._unsent = self._unsent[count:]
+            self._unsent_bytes -= sum(map(len, part))
+            self._undelivered = {n - count: d for n, d in self._undelivered.items() if n >= count}
+        if not self._room.is_set() and self._unsent_bytes <= UNSENT_BYTES // 2:
+            self._room.set()
+            self._ws.resume_reading()
 
 
 class _Subscription:

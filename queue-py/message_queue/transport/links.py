@@ -3,8 +3,9 @@
 Datagram semantics, as in the simulation: a message may be lost (link down, outbox full), never
 corrupted; within one connection the order holds. Replies travel on the other direction's own link.
 
-Group sending needs no timer: whatever gathered in the outbox while the last frame was being written
-leaves together as the next frame (a msgpack array of tagged structs).
+Group sending needs no timer: whatever one step of the core has to say to a peer leaves as one frame
+(a msgpack array of tagged structs) in the same turn of the loop, without a task that would have to
+be woken first; frames of clients' operations, which come one by one, leave at the end of the turn.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import logging
 import random
 import ssl
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Generic, TypeVar
 
 import aiohttp
@@ -23,6 +26,7 @@ import msgspec
 from aiohttp import web
 
 from message_queue.metrics import Metrics
+from message_queue.websocket import BINARY, WebSocket
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +40,8 @@ OUTBOX_BYTES = 32 << 20
 MAX_FRAME_MESSAGES = 0xFFFF
 HELLO_TIMEOUT_S = 2.0
 KEEPALIVE_S = 2.0
-LEFT = "has left the cluster"
+HAS_LEFT_CODE = 4001
+"""Close code (RFC 6455 leaves 4000 to 4999 to applications): the dialler is a member no more."""
 RECONNECT_S = (0.02, 0.2)
 MAX_TOLD = 256
 
@@ -57,8 +62,15 @@ class Refused(Exception):
     """The other side is not the peer that this link is for; the text says why."""
 
 
-class RefusedByPeer(Refused):
+class HasLeft(Refused):
+    """The other side was a member, and never will be one again."""
+
+
+class Dismissed(Refused):
     """The other side says that of this node."""
+
+    def __init__(self) -> None:
+        super().__init__("this node has left the cluster")
 
 
 class Links(Generic[M]):
@@ -81,10 +93,11 @@ class Links(Generic[M]):
         secret: bytes | None,
         client_ssl: ssl.SSLContext | None,
         metrics: Metrics,
-        on_refused: Callable[[int, str], None] = lambda position, reason: None,
+        on_left: Callable[[int], None] = lambda position: None,
         has_left: Callable[[int], bool] = lambda position: False,
     ) -> None:
-        """``has_left``: that position was a member, and never will be one again."""
+        """``has_left``: that position was a member, and never will be one again. ``on_left(peer)``:
+        a peer says so of this node."""
         self._me = me
         self._urls = dict(urls)
         self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(
@@ -97,43 +110,65 @@ class Links(Generic[M]):
         self._secret = secret
         self._client_ssl = client_ssl
         self._metrics = metrics
-        self._on_refused = on_refused
+        self._on_left = on_left
         self._has_left = has_left
-        self._outboxes = {position: _Outbox() for position in urls}
+        self._outgoing = {position: _Outgoing(metrics) for position in urls}
         self._known_ids: dict[int, str] = {me.position: me.node_id}
         self._told: set[str] = set()
-        self._incoming: dict[int, web.WebSocketResponse] = {}
-        self._connected: set[int] = set()
+        self._incoming: dict[int, WebSocket] = {}
+        self._talking: list[_Outgoing] = []
+        """Were told something one by one in this turn of the loop."""
         self._session: aiohttp.ClientSession | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     # --- sending -------------------------------------------------------------------------------
 
     def send(self, position: int, message: M) -> bool:
-        """Queue `message` for the peer; False: dropped (and counted), its link is down or full."""
-        return self._put(position, self._encoder.encode(message))
+        """Queue `message` for the peer; False: dropped (and counted), its link is down or full. It
+        leaves when this turn of the loop is over, with what else was said in it."""
+        link = self._outgoing.get(position)
+        if link is None or not link.put(self._encoder.encode(message)):
+            self._metrics.peer_messages_dropped += 1
+            return False
+        if not link.talking:
+            link.talking = True
+            if not self._talking:
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._talking.append(link)
+        return True
 
     def send_all(self, messages: Sequence[tuple[int, M]]) -> None:
-        """Like `send` for each. What goes to several peers is encoded once."""
+        """Like `send` for each, but at once, behind what was said before. What goes to several
+        peers is encoded once."""
         last: M | None = None
         encoded = b""
+        touched: list[_Outgoing] = []
         for position, message in messages:
+            link = self._outgoing.get(position)
+            if link is None or not link.up:
+                # What is queued for a peer that is away would arrive stale: the core sends anew.
+                self._metrics.peer_messages_dropped += 1
+                continue
             if message is not last:
                 encoded = self._encoder.encode(message)
                 last = message
-            self._put(position, encoded)
+            if not link.put(encoded):
+                self._metrics.peer_messages_dropped += 1
+            elif link not in touched:
+                touched.append(link)
+        for link in touched:
+            link.write()
 
-    def _put(self, position: int, encoded: bytes) -> bool:
-        # What is queued for a peer that is away would arrive stale: the core sends anew later.
-        if position in self._connected and self._outboxes[position].put(encoded):
-            return True
-        self._metrics.peer_messages_dropped += 1
-        return False
+    def _flush(self) -> None:
+        talking, self._talking = self._talking, []
+        for link in talking:
+            link.talking = False
+            link.write()
 
     @property
     def connected(self) -> frozenset[int]:
         """Positions whose outgoing link is up."""
-        return frozenset(self._connected)
+        return frozenset(position for position, link in self._outgoing.items() if link.up)
 
     async def start(self) -> None:
         """Begin dialling every peer; returns at once."""
@@ -152,7 +187,7 @@ class Links(Generic[M]):
         """A new node of the ring: dial it, and let it in."""
         if position not in self._urls and position != self._me.position:
             self._urls[position] = url
-            self._outboxes[position] = _Outbox()
+            self._outgoing[position] = _Outgoing(self._metrics)
             if self._session is not None:
                 self._start(position)
 
@@ -163,22 +198,26 @@ class Links(Generic[M]):
         task = self._tasks.pop(position, None)
         if task is not None:
             task.cancel()
+        del self._outgoing[position]
         incoming = self._incoming.get(position)
         if incoming is not None:
-            asyncio.ensure_future(incoming.close()).add_done_callback(_consume)
+            # Not with HAS_LEFT_CODE: it may be this node that has left.
+            incoming.close(aiohttp.WSCloseCode.OK, "")
 
     async def stop(self) -> None:
         """Flush what is queued on links that are up (0.2 s at most), then close all of them."""
-        flushing = [self._outboxes[position].drained() for position in self._connected]
+        self._flush()
+        flushing = [asyncio.ensure_future(o.drained()) for o in self._outgoing.values() if o.up]
         if flushing:
-            await asyncio.wait([asyncio.ensure_future(f) for f in flushing], timeout=0.2)
-        for task in self._tasks.values():
+            await asyncio.wait(flushing, timeout=0.2)
+        tasks = [*flushing, *self._tasks.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
         for ws in list(self._incoming.values()):
-            await ws.close()
+            ws.close(aiohttp.WSCloseCode.GOING_AWAY, "node is stopping")
 
     async def _dial(self, position: int) -> None:
         refusal = ""
@@ -188,8 +227,8 @@ class Links(Generic[M]):
                 await self._hold_link(position)
                 backoff_s = RECONNECT_S[0]
             except Refused as e:
-                if isinstance(e, RefusedByPeer):
-                    self._on_refused(position, str(e))
+                if isinstance(e, Dismissed):
+                    self._on_left(position)
                 if str(e) != refusal:  # once per reason, not five times a second
                     refusal = str(e)
                     log.error("peer %s refused: %s", self._urls[position], e)
@@ -212,37 +251,22 @@ class Links(Generic[M]):
                 await ws.send_bytes(self._encoder.encode(self._me))
                 reply = await ws.receive()
             if reply.type is not aiohttp.WSMsgType.BINARY:
-                raise RefusedByPeer(str(reply.extra or "closed before its greeting"))
+                if ws.close_code == HAS_LEFT_CODE:
+                    raise Dismissed
+                raise Refused(str(reply.extra or "closed before its greeting"))
             hello = msgspec.msgpack.decode(reply.data, type=Hello)
             self._check(hello, position)
-            self._outboxes[position].clear()
-            self._connected.add(position)
+            link = self._outgoing[position]
+            link.raise_up(ws)
             self._on_up(hello)
             try:
-                await self._pump(ws, self._outboxes[position])
+                # Nothing but a close (or a missed pong) ever comes back on this direction.
+                await ws.receive()
             finally:
-                self._connected.discard(position)
+                link.lower()
                 self._on_down(position)
         finally:
             await ws.close()
-
-    async def _pump(self, ws: aiohttp.ClientWebSocketResponse, outbox: _Outbox) -> None:
-        writer = asyncio.create_task(self._write(ws, outbox))
-        try:
-            # Nothing but a close (or a missed pong) ever comes back on this direction.
-            reader = asyncio.create_task(ws.receive())
-            await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            writer.cancel()
-            reader.cancel()
-            await asyncio.gather(writer, reader, return_exceptions=True)
-
-    async def _write(self, ws: aiohttp.ClientWebSocketResponse, outbox: _Outbox) -> None:
-        while True:
-            messages = await outbox.take()
-            await ws.send_bytes(_array_header(len(messages)) + b"".join(messages))
-            self._metrics.peer_frames_sent += 1
-            self._metrics.peer_messages_sent += len(messages)
 
     # --- receiving -----------------------------------------------------------------------------
 
@@ -251,29 +275,50 @@ class Links(Generic[M]):
         given = request.headers.get(SECRET_HEADER, "").encode("latin-1", "replace")
         if self._secret is not None and not hmac.compare_digest(given, self._secret):
             raise web.HTTPForbidden(text="Cluster secret required")
-        ws = web.WebSocketResponse(
-            max_msg_size=MAX_FRAME_BYTES, compress=False, heartbeat=KEEPALIVE_S
-        )
-        await ws.prepare(request)
+        greeted: list[Hello] = []
+
+        def on_message(opcode: int, payload: bytes) -> None:
+            if not greeted:
+                hello = self._greet(ws, payload)
+                if hello is not None:
+                    greeted.append(hello)
+            elif opcode != BINARY or self._incoming.get(greeted[0].position) is not ws:
+                ws.close(aiohttp.WSCloseCode.UNSUPPORTED_DATA, "frames are binary")
+            else:
+                self._read(ws, greeted[0], payload)
+
+        def no_hello() -> None:
+            if not greeted:
+                ws.close(aiohttp.WSCloseCode.POLICY_VIOLATION, "no greeting in time")
+
+        ws = await WebSocket.open(request, max_bytes=MAX_FRAME_BYTES, heartbeat_s=KEEPALIVE_S)
+        timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, no_hello)
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = msgspec.msgpack.decode(await ws.receive_bytes(), type=Hello)
+            ws.listen(on_message)
+            await ws.closed()
+        finally:
+            timer.cancel()
+            ws.end()
+            if greeted and self._incoming.get(greeted[0].position) is ws:
+                del self._incoming[greeted[0].position]
+        return ws.response
+
+    def _greet(self, ws: WebSocket, payload: bytes) -> Hello | None:
+        """The first frame: who dials. None: refused, and told so."""
+        try:
+            hello = msgspec.msgpack.decode(payload, type=Hello)
             self._check(hello, hello.position)
-            await ws.send_bytes(self._encoder.encode(self._me))
-        except (Refused, msgspec.MsgspecError, TypeError, TimeoutError) as e:
-            self._tell_refusal(f"refused a link from {request.remote}: {e}")
-            await ws.close(code=aiohttp.WSCloseCode.POLICY_VIOLATION, message=str(e).encode()[:120])
-            return ws
+        except (Refused, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
+            self._tell_refusal(f"refused a link from {ws.remote}: {e}")
+            left = isinstance(e, HasLeft)
+            ws.close(HAS_LEFT_CODE if left else aiohttp.WSCloseCode.POLICY_VIOLATION, str(e))
+            return None
+        ws.send(self._encoder.encode(self._me), BINARY)
         before = self._incoming.get(hello.position)
         self._incoming[hello.position] = ws
         if before is not None:  # the peer dialled again: its older connection is dead or dying
-            asyncio.ensure_future(before.close()).add_done_callback(_consume)
-        try:
-            await self._read(ws, hello)
-        finally:
-            if self._incoming.get(hello.position) is ws:
-                del self._incoming[hello.position]
-        return ws
+            before.close(aiohttp.WSCloseCode.GOING_AWAY, "dialled again")
+        return hello
 
     def _tell_refusal(self, sentence: str) -> None:
         """Once each: who is refused dials again five times a second."""
@@ -283,24 +328,20 @@ class Links(Generic[M]):
             self._told.add(sentence)
             log.warning("%s", sentence)
 
-    async def _read(self, ws: web.WebSocketResponse, hello: Hello) -> None:
-        position = hello.position
-        async for frame in ws:
-            if frame.type is not aiohttp.WSMsgType.BINARY or self._incoming.get(position) is not ws:
-                return
-            try:
-                messages = self._decoder.decode(frame.data)
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
-                log.error("malformed frame from peer %d, link closed: %s", position, e)
-                await ws.close(code=aiohttp.WSCloseCode.INVALID_TEXT, message=b"malformed frame")
-                return
-            self._on_batch(position, hello.incarnation, messages)
+    def _read(self, ws: WebSocket, hello: Hello, payload: bytes) -> None:
+        try:
+            messages = self._decoder.decode(payload)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
+            log.error("malformed frame from peer %d, link closed: %s", hello.position, e)
+            ws.close(aiohttp.WSCloseCode.INVALID_TEXT, "malformed frame")
+            return
+        self._on_batch(hello.position, hello.incarnation, messages)
 
     def _check(self, hello: Hello, expected_position: int) -> None:
         if hello.cluster != self._me.cluster:
             raise Refused(f"it belongs to cluster {hello.cluster}, this node to {self._me.cluster}")
         if self._has_left(hello.position):
-            raise Refused(f"node {hello.position} {LEFT}")
+            raise HasLeft(f"node {hello.position} has left the cluster")
         if hello.position != expected_position or hello.position not in self._urls:
             raise Refused(f"it calls itself position {hello.position}")
         known = self._known_ids.setdefault(hello.position, hello.node_id)
@@ -308,33 +349,87 @@ class Links(Generic[M]):
             raise Refused(f"position {hello.position} is {known!r}, not {hello.node_id!r}")
 
 
-class _Outbox:
-    """Encoded messages waiting for one link; bounded in bytes."""
+class _Outgoing:
+    """One outgoing link: encoded messages that wait for it, bounded in bytes.
 
-    __slots__ = ("_bytes", "_empty", "_messages", "_wake")
+    A frame is written in the turn of the loop that made its messages: `write` takes the first step
+    of `send_bytes` itself, as an eager task would (asyncio has those from 3.12 on). Nearly always
+    it is also the last one. As the lock manager does it.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_bytes", "_empty", "_messages", "_metrics", "_sending", "_ws", "talking")
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.talking = False
+        """Stands in the list of those who write at the end of this turn."""
+        self._ws: aiohttp.ClientWebSocketResponse | None = None
+        """None: the link is down."""
         self._messages: deque[bytes] = deque()
         self._bytes = 0
-        self._wake = asyncio.Event()
+        self._metrics = metrics
+        self._sending: Coroutine[asyncio.Future[None], None, None] | None = None
+        """The last frame is in the transport's buffer, which is too full for another one."""
         self._empty = asyncio.Event()
         self._empty.set()
 
+    @property
+    def up(self) -> bool:
+        return self._ws is not None
+
+    def raise_up(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+        """The link stands."""
+        self._ws = ws
+
+    def lower(self) -> None:
+        """It broke. What is queued would arrive stale."""
+        self._ws = None
+        self._messages.clear()
+        self._bytes = 0
+        if self._sending is not None:
+            self._sending.close()
+            self._sending = None
+        self._empty.set()
+
     def put(self, encoded: bytes) -> bool:
-        if self._bytes + len(encoded) > OUTBOX_BYTES and self._messages:
+        """Queue a message. False: the link is down or full."""
+        if self._ws is None or (self._bytes + len(encoded) > OUTBOX_BYTES and self._messages):
             return False
         self._messages.append(encoded)
         self._bytes += len(encoded)
-        self._empty.clear()
-        self._wake.set()
         return True
 
-    async def take(self) -> list[bytes]:
-        """Wait for messages; all that are there, up to about FRAME_TARGET_BYTES."""
-        while not self._messages:
+    def write(self) -> None:
+        """Write what waits; what does not fit into the transport's buffer leaves later."""
+        if self._ws is None or self._sending is not None:
+            return
+        while self._messages:
+            sending = self._ws.send_bytes(self._take_frame())
+            try:
+                room = sending.send(None)
+            except StopIteration:
+                continue
+            except (aiohttp.ClientError, OSError):
+                return  # the task that holds the link learns of it as well
+            self._sending = sending
+            self._empty.clear()
+            room.add_done_callback(partial(self._go_on, sending))
+            return
+
+    def _go_on(
+        self, sending: Coroutine[asyncio.Future[None], None, None], _: asyncio.Future[None]
+    ) -> None:
+        """There is room again; or the connection broke, or the link was lowered meanwhile."""
+        if self._sending is not sending:
+            return
+        with suppress(StopIteration, aiohttp.ClientError, OSError):
+            sending.send(None)
+        self._sending = None
+        self.write()
+        if self._sending is None:
             self._empty.set()
-            self._wake.clear()
-            await self._wake.wait()
+
+    def _take_frame(self) -> bytes:
+        """All that waits, up to about FRAME_TARGET_BYTES."""
         taken: list[bytes] = []
         size = 0
         while self._messages and size < FRAME_TARGET_BYTES and len(taken) < MAX_FRAME_MESSAGES:
@@ -342,20 +437,14 @@ class _Outbox:
             taken.append(encoded)
             size += len(encoded)
         self._bytes -= size
-        return taken
+        self._metrics.peer_frames_sent += 1
+        self._metrics.peer_messages_sent += len(taken)
+        return _array_header(len(taken)) + b"".join(taken)
 
     async def drained(self) -> None:
+        """All that was queued is in the transport's hands."""
         await self._empty.wait()
-
-    def clear(self) -> None:
-        self._messages.clear()
-        self._bytes = 0
 
 
 def _array_header(n: int) -> bytes:
     return bytes((0x90 | n,)) if n < 16 else b"\xdc" + n.to_bytes(2, "big")
-
-
-def _consume(future: asyncio.Future[bool]) -> None:
-    if not future.cancelled():
-        future.exception()

@@ -25,7 +25,7 @@ class Side:
         self.frames: list[tuple[int, int, list[PeerMessage]]] = []
         self.up: list[str] = []
         self.down: list[int] = []
-        self.refused: list[tuple[int, str]] = []
+        self.dismissed: list[int] = []
         self.departed: set[int] = set()
         self.metrics = Metrics()
         secret = changes.pop("secret", None)
@@ -46,7 +46,7 @@ class Side:
             secret=secret,  # type: ignore[arg-type]  # a test's keyword
             client_ssl=None,
             metrics=self.metrics,
-            on_refused=lambda position, why: self.refused.append((position, why)),
+            on_left=self.dismissed.append,
             has_left=self.departed.__contains__,
         )
         self.runner: web.AppRunner | None = None
@@ -201,14 +201,43 @@ async def test_garbage_closes_the_link_and_reaches_nobody() -> None:
         assert not node.frames
 
 
-async def test_an_outbox_is_bounded() -> None:
-    outbox = module._Outbox()
+class Slow:
+    """A connection that takes one frame, and more only when it is told to."""
+
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+        self.room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def send_bytes(self, frame: bytes) -> None:
+        self.frames.append(frame)
+        await self.room
+
+
+async def test_an_outbox_is_bounded_and_keeps_its_order_behind_a_frame_that_waits() -> None:
+    slow, metrics = Slow(), Metrics()
+    link = module._Outgoing(metrics)
+    assert not link.put(b"x"), "down"
+    link.raise_up(slow)  # type: ignore[arg-type]  # a test's connection
+    link.put(b"\x01")
+    link.write()
+    assert slow.frames == [b"\x91\x01"], "in the turn that made it"
+    link.put(b"\x02")
+    link.write()
+    link.put(b"\x03")
+    link.write()
+    assert len(slow.frames) == 1, "no frame passes the one that waits"
+    slow.room.set_result(None)
+    await asyncio.sleep(0)
+    await link.drained()
+    assert slow.frames[1:] == [b"\x92\x02\x03"]
+    slow.room = asyncio.get_running_loop().create_future()
+    link.put(b"\x04")
+    link.write()
     piece = bytes(module.OUTBOX_BYTES // 4)
-    assert [outbox.put(piece) for _ in range(5)] == [True] * 4 + [False]
-    while outbox.put(b"small"):
-        pass
-    taken = await outbox.take()
-    assert sum(map(len, taken)) >= module.FRAME_TARGET_BYTES
+    assert [link.put(piece) for _ in range(5)] == [True] * 4 + [False]
+    link.lower()
+    await link.drained()
+    assert not link.put(b"x")
 
 
 async def test_who_meets_a_node_that_has_left_tells_it_so_and_does_not_take_it_for_itself() -> None:
@@ -220,10 +249,10 @@ async def test_who_meets_a_node_that_has_left_tells_it_so_and_does_not_take_it_f
         await departed.start()
         async with asyncio.timeout(20):
             # Both have dialled by then, again and again.
-            while len(departed.refused) < 3:  # noqa: ASYNC110 - a condition without an event
+            while len(departed.dismissed) < 3:  # noqa: ASYNC110 - a condition without an event
                 await asyncio.sleep(0.01)
-        assert departed.refused[0] == (0, "node 1 has left the cluster")
-        assert member.refused == []
+        assert set(departed.dismissed) == {0}
+        assert member.dismissed == []
     finally:
         await member.stop()
         await departed.stop()
