@@ -20,19 +20,16 @@ import pytest
 
 from lock_manager.core.invariants import DiskImage
 from lock_manager.core.raft import (
-    Configuration,
     Entry,
-    EntryKind,
     HardState,
-    Member,
     Persist,
     Restored,
     Snapshot,
 )
-from lock_manager.storage import CorruptStore, Owner, Store
+from lock_manager.storage import CorruptStore, Store
 
-OWNER = Owner("node1", 1, "127.0.0.1:7000", "127.0.0.1:8000")
-MEMBERS = Configuration((Member(node_id=1), Member(node_id=2)))
+from .store_samples import MEMBERS, OWNER, entry
+
 DATABASE, WAL, COUNT = "raft.sqlite3", "raft.sqlite3-wal", "commits"
 EVERY = int(os.environ.get("DAMAGE_EVERY", "0"))
 pytestmark = pytest.mark.timeout(36_000 if EVERY else 120)
@@ -40,10 +37,7 @@ PAGE, WAL_HEADER, FRAME_HEADER = 4096, 32, 24
 
 
 def entries(first: int, last: int, term: int) -> tuple[Entry, ...]:
-    return tuple(
-        Entry(index, term, EntryKind.COMMAND, bytes([index % 251]) * 90)
-        for index in range(first, last + 1)
-    )
+    return tuple(entry(index, term, 90) for index in range(first, last + 1))
 
 
 def writes() -> list[Persist]:

@@ -18,11 +18,7 @@ import pytest
 from lock_manager.core.invariants import DiskImage
 from lock_manager.core.peer_book import PeerIdentity
 from lock_manager.core.raft import (
-    Configuration,
-    Entry,
-    EntryKind,
     HardState,
-    Member,
     Persist,
     Restored,
     Snapshot,
@@ -30,19 +26,13 @@ from lock_manager.core.raft import (
 from lock_manager.storage import (
     CorruptStore,
     ForeignStore,
-    Owner,
     Store,
     StoreFailed,
     StoreInUse,
 )
 from lock_manager.storage import store as storing
 
-OWNER = Owner("node1", 1, "127.0.0.1:7000", "127.0.0.1:8000")
-MEMBERS = Configuration((Member(node_id=1), Member(node_id=2)))
-
-
-def entry(index: int, term: int, size: int = 40) -> Entry:
-    return Entry(index, term, EntryKind.COMMAND, bytes([index % 251]) * size)
+from .store_samples import MEMBERS, OWNER, entry
 
 
 async def write(store: Store, writes: Iterable[Persist]) -> None:
