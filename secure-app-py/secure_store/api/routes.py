@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from aiohttp import web
 
-from secure_store.api import access, administration, operations
+from secure_store.api import access, administration, answers, operations
 from secure_store.api.errors import ApiError, json_response
 from secure_store.api.keys import EVENTS, METRICS, PRINCIPAL, SERVICE
 from secure_store.api.openapi import Route, document
@@ -90,60 +90,73 @@ async def dashboard(request: web.Request) -> web.Response:
     )  # fmt: skip
 
 
-_READ = {200: "OK", 400: "Bad input", 401: "No valid token", 403: "Not allowed", 404: "Not found"}
-_WRITE = {**_READ, 409: "Version mismatch", 421: "Not the primary", 503: "Not decided"}
+_SSE = ("text/event-stream",)
+_OF_A_KEY = (404,)
+_WRITE = (409, 422)
+_READING = ("ETag", "X-Replication")
+_WRITING = ("ETag", "X-Replication", "Idempotent-Replay")
 
 ROUTES = (
-    Route("GET", "/get", operations.get, "Read a value", query=GetQuery, answers=_READ),
-    Route("POST", "/set", operations.set_value, "Write a value", body=SetBody, answers=_WRITE,
-          is_write=True),
-    Route("POST", "/delete", operations.delete, "Delete softly", body=DeleteBody, answers=_WRITE,
-          is_write=True),
+    Route("GET", "/get", operations.get, "Read a value", query=GetQuery, answer=answers.Value,
+          refusals=_OF_A_KEY, headers=_READING),
+    Route("POST", "/set", operations.set_value, "Write a value", body=SetBody,
+          answer=answers.Stored, refusals=_WRITE, headers=_WRITING, is_write=True),
+    Route("POST", "/delete", operations.delete, "Delete softly", body=DeleteBody,
+          answer=answers.Changed, refusals=(404, *_WRITE), headers=_WRITING, is_write=True),
     Route("POST", "/undelete", operations.undelete, "Bring a deleted version back",
-          body=VersionBody, answers=_WRITE, is_write=True),
+          body=VersionBody, answer=answers.Changed, refusals=(404, 422), headers=_WRITING,
+          is_write=True),
     Route("POST", "/destroy", operations.destroy, "Forget a version, or a key, for good",
-          body=VersionBody, answers=_WRITE, is_write=True),
+          body=VersionBody, answer=answers.Changed, refusals=(404, 422), headers=_WRITING,
+          is_write=True),
     Route("GET", "/list", operations.list_keys, "Keys that the caller may list", query=ListQuery,
-          answers=_READ),
+          answer=answers.Listing, headers=("X-Replication",)),
     Route("GET", "/history", operations.history, "Versions of a key", query=KeyQuery,
-          answers=_READ),
+          answer=answers.History, refusals=_OF_A_KEY, headers=("X-Replication",)),
     Route("POST", "/txn", operations.txn, "Several operations, all or nothing", body=TxnBody,
-          answers=_WRITE, is_write=True),
+          answer=answers.Transacted, refusals=(404, *_WRITE), headers=_WRITING, is_write=True),
     Route("GET", "/watch", operations.watch, "Changes as they are decided", query=WatchQuery,
-          media_type="text/event-stream"),
+          media_types=_SSE),
     Route("GET", "/audit", administration.read_audit, "Lines of this node's audit log",
-          query=AuditQuery, answers=_READ),
+          query=AuditQuery, answer=answers.AuditPage),
     Route("GET", "/audit/anchors", administration.read_anchors,
-          "The other node's signed heads that are kept here", answers=_READ,
-          media_type="application/jsonl"),
+          "The other node's signed heads that are kept here", refusals=(404,),
+          media_types=("application/jsonl",)),
     Route("GET", "/tokens", administration.list_tokens, "Tokens (never the secrets)",
-          answers=_READ),
+          answer=answers.Tokens),
     Route("POST", "/tokens", administration.create_token, "Make a token; it is shown once",
-          body=TokenBody, answers=_WRITE, is_write=True),
+          body=TokenBody, answer=answers.TokenMade, refusals=(507,), headers=("X-Replication",),
+          is_write=True),
     Route("DELETE", "/tokens", administration.revoke_token, "Revoke a token and its children",
-          body=RevokeBody, answers=_WRITE, is_write=True),
+          body=RevokeBody, answer=answers.TokenRevoked, refusals=(404, 422), headers=_WRITING,
+          is_write=True),
     Route("GET", "/policies", administration.list_policies, "Every role and its rules",
-          answers=_READ),
+          answer=answers.Policies),
     Route("GET", "/policies/{role}/check", administration.check_policy,
           "Whether a role may do a verb on a key, and by which rule", query=CheckQuery,
-          answers=_READ),
-    Route("GET", "/policies/{role}", administration.get_policy, "A role's rules", answers=_READ),
+          answer=answers.PolicyVerdict, refusals=(404,)),
+    Route("GET", "/policies/{role}", administration.get_policy, "A role's rules",
+          answer=answers.Policy, refusals=(404,)),
     Route("PUT", "/policies/{role}", administration.put_policy, "Replace a role's rules",
-          body=PolicyBody, answers=_WRITE, is_write=True),
+          body=PolicyBody, answer=answers.PolicyPut, refusals=_WRITE, headers=_WRITING,
+          is_write=True),
     Route("POST", "/admin/promote", administration.promote, "Make this replica the primary",
-          body=PromoteBody, is_write=True, answers={**_READ, 409: "It could lose or split data"}),
+          body=PromoteBody, answer=answers.Promoted, refusals=(409,), is_write=True),
     Route("POST", "/admin/rotate", administration.rotate,
           "A new data key for this node (master: and master key)", body=RotateBody,
-          answers={**_READ, 409: "The keys cannot be changed now"}, is_write=True),
-    Route("GET", "/status", status, "State of this node", answers=_READ),
-    Route("GET", "/replication", replication, "State of the pair", answers=_READ),
-    Route("GET", "/healthz", healthz, "The process is alive", is_public=True, is_probe=True),
-    Route("GET", "/readyz", readyz, "The node can serve", is_public=True, is_probe=True,
-          answers={200: "Ready", 503: "Not yet, with the reason"}),
-    Route("GET", "/metrics", metrics, "Counters, as JSON or for Prometheus", answers=_READ),
-    Route("GET", "/events", events, "Server-sent events", media_type="text/event-stream"),
-    Route("GET", "/openapi.json", openapi, "This document", answers=_READ),
-    Route("GET", "/", dashboard, "Dashboard", media_type="text/html", is_public=True,
+          answer=answers.Rotated, refusals=(409,), is_write=True),
+    Route("GET", "/status", status, "State of this node", answer=answers.Status),
+    Route("GET", "/replication", replication, "State of the pair", answer=answers.Replication),
+    Route("GET", "/healthz", healthz, "The process is alive", answer=answers.Alive,
+          is_public=True, is_probe=True),
+    Route("GET", "/readyz", readyz, "The node can serve (503: not yet, with the reason)",
+          answer=answers.Ready, refusals=(503,), headers=("X-Replication",), is_public=True,
+          is_probe=True),
+    Route("GET", "/metrics", metrics, "Counters, as JSON or for Prometheus",
+          answer=answers.Counters, media_types=("application/json", "text/plain")),
+    Route("GET", "/events", events, "Server-sent events", media_types=_SSE),
+    Route("GET", "/openapi.json", openapi, "This document"),
+    Route("GET", "/", dashboard, "Dashboard", media_types=("text/html",), is_public=True,
           is_probe=True),
 )  # fmt: skip
 

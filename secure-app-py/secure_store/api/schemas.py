@@ -22,7 +22,10 @@ _NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<fi
 _LONG_NUMBER = re.compile(rb"\d{19}")
 
 
-Key = Annotated[str, Meta(min_length=1, max_length=256)]
+# Patterns stand in /openapi.json only (core.policy checks more than they say).
+_NO_CONTROLS = {"pattern": r"^[^\u0000-\u001f\u007f]+$", "examples": ["a/b"]}
+Key = Annotated[str, Meta(min_length=1, max_length=256, extra_json_schema=_NO_CONTROLS)]
+RoleName = Annotated[str, Meta(extra_json_schema={"pattern": r"^[a-z][a-z0-9._-]{0,63}$"})]
 VersionNumber = Annotated[int, Meta(ge=1, le=1 << 53)]
 ExpectedVersion = Annotated[int, Meta(ge=0, le=1 << 53)]
 PositiveMs = Annotated[int, Meta(ge=1, le=10 * 365 * 86_400_000)]
@@ -70,7 +73,7 @@ class TxnBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TokenBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """POST /tokens."""
 
-    roles: Annotated[tuple[str, ...], Meta(min_length=1, max_length=16)]
+    roles: Annotated[tuple[RoleName, ...], Meta(min_length=1, max_length=16)]
     ttl_ms: PositiveMs | None = None
     uses: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
     name: Annotated[str, Meta(max_length=64)] = ""
