@@ -5,36 +5,73 @@ Kinds (key: the queue):
   consume  result: a list of {"id", "body"} (more fields are welcome); argument {"visibility_ms"}
   ack      argument: the message id, or a list of them
   nack     argument: the message id (or list)
-Bodies must be unique per produce call, so that a message can be followed whatever its id is.
+Bodies must be unique per produce call, so that a message can be followed whatever its id is. Only
+what was left in doubt may be sent again under the same body, with info {"retry": True}; if it bore
+a dedupe id all the way (info {"dedupe": True} in each), it must be one message all the same.
 
 Checked: no acknowledged produce is lost (it is acked, or among `leftovers`); nothing unexpected is
-delivered; no delivery was asked for after a successful ack completed; no body under two ids; with
-`exclusive`, no second delivery while a lease certainly ran. Duplicates are counted and explained.
+delivered; no delivery was asked for after a successful ack completed; no body under two ids; no two
+deliveries that contradict each other (`redelivery.impossible`); with `exclusive`, no second
+delivery while a lease certainly ran. Duplicates are counted by cause; with `causes`, one that has
+none of these is a failure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any
 
 from testkit.checkers.models import freeze
+from testkit.checkers.redelivery import (
+    CAUSES,
+    LEASE,
+    NACK,
+    OWNER,
+    TWICE,
+    UNEXPLAINED,
+    Delivery,
+    cause,
+    impossible,
+    in_order,
+    may_precede,
+)
 from testkit.checkers.verdict import Verdict
 from testkit.history import History, Operation
 
-DEFAULT_VISIBILITY_MS: Final = 30_000
+__all__ = ["CAUSES", "LEASE", "NACK", "OWNER", "TWICE", "UNEXPLAINED", "check", "fifo"]
 
 
 @dataclass(slots=True)
 class _Message:
     """All that happened to one body."""
 
-    produce: Operation
+    produces: list[Operation]
     ids: set[str] = field(default_factory=set)
-    deliveries: list[Operation] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
     acks: list[Operation] = field(default_factory=list)
     nacks: list[Operation] = field(default_factory=list)
+
+    @property
+    def produce(self) -> Operation:
+        """The produce that stored it, or the first that may have."""
+        for status in ("ok", "unknown"):
+            for produce in self.produces:
+                if produce.status == status:
+                    return produce
+        return self.produces[0]
+
+    @property
+    def may_be_twice(self) -> bool:
+        """Two produces without a common dedupe id may each have stored it."""
+        possible = [produce for produce in self.produces if produce.status != "fail"]
+        return len(possible) > 1 and not all(_says(produce, "dedupe") for produce in possible)
+
+    def seen(self) -> list[Operation]:
+        """The consumes that delivered it."""
+        return [delivery.operation for delivery in self.deliveries]
 
 
 def check(
@@ -43,12 +80,16 @@ def check(
     leftovers: Iterable[str] | None = (),
     exclusive: bool = False,
     one_id: bool = True,
+    causes: Set[str] | None = None,
+    slack_ms: float = 0.0,
 ) -> Verdict:
     """Judge a history. `leftovers`: ids that are still stored at the end (ready, in flight,
     delayed, dead); None if nobody looked, then losses are not judged.
 
     `exclusive`: leases must hold (no failover and no pause longer than a lease happened).
     `one_id` False allows a body under several ids (dead-lettering gives new ones).
+    `causes`: what may explain a second delivery (CAUSES: anything that the guarantees allow); None
+    counts without judging. `slack_ms`: how far the queue's own clock may have jumped ahead.
     """
     operations = sorted(history, key=lambda operation: operation.invoked_us)
     messages = _produced(operations)
@@ -69,8 +110,10 @@ def check(
                     (settled.acks if operation.kind == "ack" else settled.nacks).append(operation)
     stored = None if leftovers is None else set(leftovers)
     counts = {"produced": 0, "delivered": 0, "duplicates": 0, "unknown_delivered": 0, "left": 0}
+    explained: Counter[str] = Counter()
     for message in messages.values():
         problem = _judge(message, stored, exclusive=exclusive, one_id=one_id)
+        problem = problem or _explain(message, causes, slack_ms, explained)
         if problem is not None:
             return problem
         acknowledged = message.produce.status == "ok"
@@ -79,15 +122,19 @@ def check(
         counts["duplicates"] += max(0, len(message.deliveries) - 1)
         counts["unknown_delivered"] += bool(message.deliveries) and not acknowledged
         counts["left"] += acknowledged and not message.deliveries
-    return Verdict(True, "", (), counts)
+    return Verdict(True, "", (), counts | explained)
 
 
 def _many(argument: Any) -> list[Any]:
     return list(argument) if isinstance(argument, list | tuple) else [argument]
 
 
+def _says(operation: Operation, word: str) -> bool:
+    return isinstance(operation.info, dict) and operation.info.get(word) is True
+
+
 def _is_batch(operation: Operation) -> bool:
-    return isinstance(operation.info, dict) and operation.info.get("batch") is True
+    return _says(operation, "batch")
 
 
 def _produced(operations: list[Operation]) -> dict[Any, _Message]:
@@ -98,9 +145,12 @@ def _produced(operations: list[Operation]) -> dict[Any, _Message]:
         bodies = operation.argument if _is_batch(operation) else [operation.argument]
         for body in bodies:
             key = (operation.key, freeze(body))
-            if key in messages:
+            if key not in messages:
+                messages[key] = _Message([operation])
+            elif _says(operation, "retry"):
+                messages[key].produces.append(operation)
+            else:
                 raise ValueError(f"body {body!r} was produced twice: the history cannot be judged")
-            messages[key] = _Message(operation)
         if operation.status == "ok" and operation.result is not None:
             ids = operation.result if _is_batch(operation) else [operation.result]
             if len(ids) != len(bodies):
@@ -124,11 +174,11 @@ def _delivered(
             window = (message.produce, operation)
             return Verdict(False, f"{delivery['id']} was refused and yet delivered", window)
         if operation.completed_us is not None and (
-            message.produce.invoked_us > operation.completed_us
+            message.produces[0].invoked_us > operation.completed_us
         ):
-            window = (operation, message.produce)
+            window = (operation, message.produces[0])
             return Verdict(False, f"{delivery['id']} was delivered before it was produced", window)
-        message.deliveries.append(operation)
+        message.deliveries.append(Delivery(operation, delivery["id"], delivery.get("receipt")))
         message.ids.add(delivery["id"])
         owner = by_id.setdefault(delivery["id"], message)
         if owner is not message:
@@ -142,47 +192,81 @@ def _judge(
 ) -> Verdict | None:
     produce = message.produce
     window: tuple[Operation, ...]
-    if one_id and len(message.ids) > 1:
-        window = (produce, *message.deliveries)
+    if one_id and len(message.ids) > 1 and not message.may_be_twice:
+        window = (*message.produces, *message.seen())
         return Verdict(False, f"one message under several ids {sorted(message.ids)}", window)
     acked = any(ack.status != "fail" for ack in message.acks)
     if produce.status == "ok" and not acked and stored is not None and not message.ids & stored:
-        window = (produce, *message.deliveries)
+        window = (produce, *message.seen())
         return Verdict(False, f"stored, never acked, and lost: {sorted(message.ids)}", window)
     done = [ack for ack in message.acks if ack.status == "ok" and ack.completed_us is not None]
-    if done:
-        first = min(done, key=lambda ack: ack.completed_us or 0)
+    for named in message.ids:
+        acks = [ack for ack in done if named in _many(ack.argument)]
+        if not acks:
+            continue
+        first = min(acks, key=lambda ack: ack.completed_us or 0)
         for delivery in message.deliveries:
-            if first.completed_us is not None and delivery.invoked_us > first.completed_us:
-                window = (produce, first, delivery)
-                return Verdict(False, f"{first.argument} was delivered after its ack", window)
-        if one_id and stored is not None and message.ids & stored:
-            return Verdict(False, f"{first.argument} is still stored after its ack", (first,))
+            late = delivery.operation
+            if (
+                delivery.id == named
+                and first.completed_us is not None
+                and late.invoked_us > first.completed_us
+            ):
+                return Verdict(
+                    False, f"{named} was delivered after its ack", (produce, first, late)
+                )
+        if stored is not None and named in stored:
+            return Verdict(False, f"{named} is still stored after its ack", (first,))
     if exclusive:
         return _overlapping(message)
     return None
 
 
+def _explain(
+    message: _Message, causes: Set[str] | None, slack_ms: float, explained: Counter[str]
+) -> Verdict | None:
+    """Adds the causes of its second, third … deliveries to `explained`."""
+    ids = sorted(message.ids)
+    for named in ids:
+        deliveries = [delivery for delivery in message.deliveries if delivery.id == named]
+        odd = impossible(deliveries)
+        if odd is not None:
+            reason, first, second = odd
+            window = (message.produce, first.operation, second.operation)
+            return Verdict(False, f"{named}: {reason}", window)
+        for first, second in pairwise(in_order(deliveries)):
+            why = cause(first, second, _of(message.nacks, named), slack_ms)
+            explained[why] += 1
+            if causes is not None and why not in causes:
+                reason = f"{named} was delivered again ({why}, {first.receipt}, {second.receipt})"
+                window = (message.produce, first.operation, second.operation)
+                return Verdict(False, reason, window)
+    delivered = sum(any(d.id == named for d in message.deliveries) for named in ids)
+    if delivered > 1:
+        why = TWICE if message.may_be_twice else UNEXPLAINED
+        explained[why] += delivered - 1
+        if causes is not None and why not in causes:
+            reason = f"delivered under {delivered} ids ({why}): {ids}"
+            return Verdict(False, reason, (*message.produces, *message.seen()))
+    return None
+
+
+def _of(settling: list[Operation], named: str) -> list[Operation]:
+    return [operation for operation in settling if named in _many(operation.argument)]
+
+
 def _overlapping(message: _Message) -> Verdict | None:
     """Two deliveries, neither of which can have come after the other's lease: two consumers."""
-    deliveries = sorted(message.deliveries, key=lambda operation: operation.completed_us or 0)
+    deliveries = sorted(message.seen(), key=lambda operation: operation.completed_us or 0)
     for first, second in pairwise(deliveries):
         returned = any(
             nack.status != "fail" and nack.invoked_us < (second.completed_us or 0)
             for nack in message.nacks
         )
-        if not returned and not _may_precede(first, second) and not _may_precede(second, first):
+        if not returned and not may_precede(first, second) and not may_precede(second, first):
             window = (message.produce, first, second)
             return Verdict(False, f"{sorted(message.ids)} leased to two consumers", window)
     return None
-
-
-def _may_precede(one: Operation, other: Operation) -> bool:
-    """Could `other` have been delivered after the lease of `one` ran out? A lease begins no sooner
-    than its consume was invoked; a delivery happens no later than its consume completed."""
-    argument = one.argument if isinstance(one.argument, dict) else {}
-    visibility_ms: float = argument.get("visibility_ms", DEFAULT_VISIBILITY_MS)
-    return (other.completed_us or 0) >= one.invoked_us + visibility_ms * 1000
 
 
 def fifo(history: History | Iterable[Operation]) -> Verdict:

@@ -29,6 +29,7 @@ from message_queue.core.operations import (
 from message_queue.core.replication.contract import Accepted
 from message_queue.core.replication.effects import Committed, Gained, Lost
 from message_queue.core.replication.state import PartitionState
+from testkit.checkers import total_queue
 from testkit.sim import TIMED_OUT, Faults, Host, LinkSettings, Scenario
 
 VISIBILITY_MS = 500
@@ -215,6 +216,8 @@ class DeliveryNode(SimNode):
 
 class DeliveryHarness(Stopping):
     """Clients that use everything the delivery machine offers."""
+
+    causes = total_queue.CAUSES
 
     def build(self, host: Host) -> SimNode:
         return DeliveryNode(host, self)

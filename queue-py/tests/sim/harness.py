@@ -54,6 +54,8 @@ from testkit.sim import (
 
 TICK_MS = 25
 VISIBILITY_MS = 400
+CLOCK_SLACK_MS = 100
+"""Cluster time may jump ahead by so much when an owner hears of a faster clock."""
 encoder = msgspec.msgpack.Encoder()
 
 
@@ -360,6 +362,8 @@ class QueueHarness(Harness[SimNode]):
     """Clients, invariants and the final judgement."""
 
     partitions = 2
+    causes: frozenset[str] | None = None
+    """What may explain a second delivery; None: they bear no receipts here, and are counted."""
     window_bytes = 2_000
     genesis_ms = NEVER_MS
 
@@ -550,8 +554,12 @@ class QueueHarness(Harness[SimNode]):
 
     def judge(self, leftovers: list[str]) -> None:
         """The history adds up, with these messages still stored."""
-        verdict = total_queue.check(self.world.history, leftovers=leftovers)
+        verdict = total_queue.check(
+            self.world.history, leftovers=leftovers, causes=self.causes, slack_ms=CLOCK_SLACK_MS
+        )
         verdict.require()
+        for cause in total_queue.CAUSES & verdict.counts.keys():
+            self.world.coverage.hit(f"again: {cause}", verdict.counts[cause])
         self.world.coverage.hit(
             "acked", sum(op.kind == "ack" and op.status == "ok" for op in self.world.history)
         )
