@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from testkit.cluster import Cluster, HttpClient, NodeView, Reply
+from testkit.cluster.http import Outcome
 from testkit.history import History, Operation
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
-LEASE_MS = 1_000
+LEASE_MS = 500
 
 
 def argv(*extra: str) -> Callable[[NodeView], list[str]]:
@@ -64,9 +65,16 @@ class Recorder:
         self.history = History()
         self._value = 0
 
-    async def read(self, client: HttpClient, me: str, key: str) -> Reply | None:
+    def fresh(self) -> int:
+        """A value that was never written before."""
+        self._value += 1
+        return self._value
+
+    async def read(
+        self, client: HttpClient, me: str, key: str, limit_s: float = 8.0
+    ) -> Reply | None:
         call = self.history.invoke(me, "read", key)
-        reply = await client.get(f"/read?key={key}", timeout_s=8.0)
+        reply = await client.get(f"/read?key={key}", timeout_s=limit_s)
         match reply:
             case Reply(status=200):
                 shown = {"value": reply.json["value"], "version": reply.json["version"]}
@@ -77,24 +85,38 @@ class Recorder:
                 self.history.fail(call)
         return reply if isinstance(reply, Reply) else None
 
-    async def write(self, client: HttpClient, me: str, key: str) -> Reply | None:
-        self._value += 1
-        call = self.history.invoke(me, "write", key, self._value)
-        reply = await client.post("/write", {"key": key, "value": self._value}, timeout_s=8.0)
-        if isinstance(reply, Reply) and reply.status == 200:
-            self.history.ok(call, reply.json["version"])
-        else:
-            self.lost(call, reply)
+    async def write(
+        self, client: HttpClient, me: str, key: str, limit_s: float = 8.0
+    ) -> Reply | None:
+        body = {"key": key, "value": self.fresh()}
+        call = self.begin(me, "/write", body)
+        reply = await client.post("/write", body, timeout_s=limit_s)
+        self.end(call, reply, definite=reply.definite)
         return reply if isinstance(reply, Reply) else None
 
-    async def incr(self, client: HttpClient, me: str, key: str) -> None:
-        call = self.history.invoke(me, "incr", key, 1)
-        reply = await client.post("/incr", {"key": key, "by": 1}, timeout_s=8.0)
-        if isinstance(reply, Reply) and reply.status == 200:
-            shown = {"value": reply.json["value"], "version": reply.json["version"]}
-            self.history.ok(call, shown)
-        else:
-            self.lost(call, reply)
+    def begin(self, me: str, path: str, body: dict[str, Any]) -> Operation:
+        """A change is asked for."""
+        key, kind = body["key"], path.removeprefix("/")
+        match kind:
+            case "write":
+                return self.history.invoke(me, kind, key, body["value"])
+            case "incr":
+                return self.history.invoke(me, kind, key, body["by"])
+            case "cas":
+                wanted = {name: body[name] for name in ("expected_version", "value")}
+                return self.history.invoke(me, kind, key, wanted)
+            case _:
+                return self.history.invoke(me, kind, key)
 
-    def lost(self, call: Operation, reply: Any) -> None:
-        (self.history.fail if reply.definite else self.history.unknown)(call)
+    def end(self, call: Operation, reply: Outcome, *, definite: bool) -> None:
+        """What became of it. `definite`: if it was not answered, it certainly did nothing."""
+        match reply:
+            case Reply(status=200) if call.kind == "incr":
+                shown = {"value": reply.json["value"], "version": reply.json["version"]}
+                self.history.ok(call, shown)
+            case Reply(status=200):
+                self.history.ok(call, reply.json.get("version"))
+            case Reply(status=409) if call.kind == "cas":
+                self.history.ok(call, False)
+            case _:
+                (self.history.fail if definite else self.history.unknown)(call)

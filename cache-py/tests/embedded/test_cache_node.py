@@ -188,7 +188,7 @@ async def test_what_was_set_is_there_after_a_new_start(tmp_path: Path) -> None:
 async def test_a_home_that_is_away_is_said_and_nothing_old_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mesi_cache.node.Settings", partial(Settings, call_ms=1_500))
+    monkeypatch.setattr("mesi_cache.node.Settings", partial(Settings, call_ms=1_000))
     async with nodes(2, tmp_path, lease_ms=300) as (a, b):
         key = key_at([a, b], 1)
         await a.set(key, 1)

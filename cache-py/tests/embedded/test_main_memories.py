@@ -21,8 +21,8 @@ from other_stores import HttpOriginServer, http_origin, needs_redis, redis_comma
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls give up after two seconds instead of four."""
-    monkeypatch.setattr("mesi_cache.node.Settings", partial(Settings, call_ms=2_000))
+    """Calls give up after one second instead of four."""
+    monkeypatch.setattr("mesi_cache.node.Settings", partial(Settings, call_ms=1_000))
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ async def test_a_function_that_takes_longer_than_a_claim_keeps_it(
 async def test_while_the_home_is_away_the_function_is_called_for_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mesi_cache.node.Settings", partial(Settings, call_ms=1_500))
+    monkeypatch.setattr("mesi_cache.node.Settings", partial(Settings, call_ms=1_000))
     async with nodes(2, tmp_path, lease_ms=300) as (a, b):
         source = Source()
         text = key_at([a, b], 1, prefix="away:").removeprefix("away:")

@@ -91,9 +91,9 @@ async def one(of: Store, key: str) -> Loaded:
 async def test_tombstones_go_and_their_versions_never_come_again(
     kept: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "MOST_TOMBSTONES", 20)
-    monkeypatch.setattr(sqlite_store, "MOST_TOMBSTONES", 20)
-    keys = [f"k{number}" for number in range(500)]
+    monkeypatch.setattr(store, "MOST_TOMBSTONES", 10)
+    monkeypatch.setattr(sqlite_store, "MOST_TOMBSTONES", 10)
+    keys = [f"k{number}" for number in range(150)]
     for number, key in enumerate(keys):
         await save(kept, (key, Record(None, number + 1)), ("alive", Record(b"1", number + 1)))
     if isinstance(kept, SqliteStore):
@@ -101,13 +101,13 @@ async def test_tombstones_go_and_their_versions_never_come_again(
     else:
         assert isinstance(kept, MemoryStore)
         rows = len(kept._records) - 1
-    assert rows <= 21
+    assert rows <= 11
     for number, key in enumerate(keys):
         record = await one(kept, key)
         assert isinstance(record, Record)
         assert record.value is None
         assert record.version >= number + 1
-    assert await one(kept, "alive") == Record(b"1", 500)
+    assert await one(kept, "alive") == Record(b"1", 150)
     assert await one(kept, "never written") is None
 
 
@@ -240,13 +240,13 @@ async def test_an_overdue_value_is_removed_at_the_origin(
 async def test_what_is_forgotten_of_versions_is_bounded_and_never_comes_again(
     far: tuple[OriginStore, FakeOrigin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite_store, "MOST_KNOWN", 50)
+    monkeypatch.setattr(sqlite_store, "MOST_KNOWN", 15)
     kept, origin = far
-    for number in range(300):
+    for number in range(80):
         await save(kept, (f"k{number}", Record(b"1", 5)))
     with sqlite3.connect(kept._file._writer.execute("PRAGMA database_list").fetchone()[2]) as db:
-        assert db.execute("SELECT count(*) FROM known").fetchone()[0] <= 51
-    for number in range(300):
+        assert db.execute("SELECT count(*) FROM known").fetchone()[0] <= 16
+    for number in range(80):
         origin.values[f"k{number}"] = b"2"
         record = await one(kept, f"k{number}")
         assert isinstance(record, Record)
