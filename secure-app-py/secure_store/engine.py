@@ -1,7 +1,6 @@
 """Runs the pair machine: event -> core.step -> persist -> send -> tell the clients, in that order.
 
-The machine decides, this file does. Everything here happens on the event loop; the writer's thread
-reports through `call_soon_threadsafe`.
+The machine decides, this file does. Everything here happens on the event loop.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ from secure_store.core.messages import (
 from secure_store.core.pair import BATCH_BYTES, BATCH_RECORDS, PairState
 from secure_store.core.records import Position, Record
 from secure_store.storage.database import Database
+from secure_store.storage.fold import Decided
 from secure_store.storage.view import View
 from secure_store.storage.writer import Writer
 from secure_store.transport.link import AuditHead, Links
@@ -78,6 +78,7 @@ class Engine:
         open_reader: Callable[[], Database],
         replica_flag: str | None,
         on_shown: Callable[[tuple[Change, ...], Position], int],
+        on_told: Callable[[], None],
         on_reset: Callable[[int], None],
         on_note: Callable[[str, str], None],
         on_head: Callable[[AuditHead], None],
@@ -91,6 +92,7 @@ class Engine:
         self._open_reader = open_reader
         self._replica_flag = replica_flag
         self._on_shown = on_shown
+        self._on_told = on_told
         self._on_reset = on_reset
         self._on_note = on_note
         self._on_head = on_head
@@ -158,7 +160,7 @@ class Engine:
         if self.links is not None:
             await self.links.stop()
         if self.writer is not None:
-            await self._loop.run_in_executor(None, self.writer.stop)
+            await self.writer.stop()
 
     # --- the links' and the writer's side -----------------------------------------------------
 
@@ -177,22 +179,19 @@ class Engine:
         self.feed(LinkDown(link, clock_ms()))
 
     def on_durable(self, number: int, applied_seq: int) -> None:
-        """(Writer's thread.)"""
-        self._loop.call_soon_threadsafe(self._durable, number, applied_seq)
-
-    def on_disk_failed(self, reason: str) -> None:
-        """(Writer's thread.) Nothing can be promised any more: the node ends."""
-        self._loop.call_soon_threadsafe(self._on_failed, reason)
-
-    def on_quarantine(self, copy: Path) -> None:
-        """(Writer's thread.) What this node had beyond the common history was set aside."""
-        details = f"this node's own history was replaced; a copy is kept in {copy}"
-        self._loop.call_soon_threadsafe(self._on_note, "quarantined", details)
-
-    def _durable(self, number: int, applied_seq: int) -> None:
+        """The writer has committed; `number` 0: only what was decided went to the tables."""
         self.view.applied(applied_seq)
         if number:
             self.feed(Persisted(number, clock_ms()))
+
+    def on_disk_failed(self, reason: str) -> None:
+        """Nothing can be promised any more: the node ends."""
+        self._on_failed(reason)
+
+    def on_quarantine(self, copy: Path) -> None:
+        """What this node had beyond the common history was set aside."""
+        details = f"this node's own history was replaced; a copy is kept in {copy}"
+        self._on_note("quarantined", details)
 
     async def _ticking(self) -> None:
         while True:
@@ -221,6 +220,8 @@ class Engine:
                 self._run(machine.step(self.state, self._events.popleft()))
         finally:
             self._stepping = False
+        if self.links is not None:
+            self.links.flush()
         self._follow_role()
 
     def _run(self, fx: Effects) -> None:
@@ -260,7 +261,7 @@ class Engine:
                 self._undecided.clear()
                 self._viewed_seq = op.begin.position.seq
         if self.writer is not None:
-            self.writer.persist(fx.persist)
+            self.writer.persist(fx.persist, is_primary=self.state.is_primary)
 
     def _keep(self, records: tuple[Record, ...]) -> None:
         """Appended records wait here for their decision. The head view is brought up to the log's
@@ -299,15 +300,19 @@ class Engine:
     def _show(self, seq: int) -> dict[int, int]:
         """Decided: reads see it, the tables get it, whoever waited behind it goes on. Gives the
         audit line's number of each record that has one."""
-        decided: list[Record] = []
+        decided: list[Decided] = []
         lines: dict[int, int] = {}
+        has_lines = False
         while self._undecided and self._undecided[0][0].seq <= seq:
             record, changes = self._undecided.popleft()
-            decided.append(record)
+            decided.append(Decided(changes, record.position))
             self.view.show(changes, record.seq)
-            lines[record.seq] = self._on_shown(changes, record.position)
+            lines[record.seq] = line = self._on_shown(changes, record.position)
+            has_lines = has_lines or line > 0
         if decided and self.writer is not None:
             self.writer.apply(decided)
+        if has_lines:
+            self._on_told()
         self.waiting.shown(seq)
         return lines
 

@@ -180,6 +180,7 @@ async def serve(
         open_reader=lambda: Database(path, keyring),
         replica_flag=config.replica,
         on_shown=node.on_shown,
+        on_told=audit.write_out,
         on_reset=node.on_reset,
         on_note=node.system_note,
         on_head=node.heads.on_head,

@@ -152,9 +152,13 @@ def show(state: PairState, fx: Effects) -> None:
 
 
 def acknowledge(state: PairState, fx: Effects, now_ms: int) -> None:
-    """Tell the primary, if there is anything new."""
+    """Tell the primary, if there is anything new. What its own disk does not hold yet is not: it
+    can decide nothing by that, and will say so in a moment."""
     session = state.session
     if session is None or session.phase is not Phase.FOLLOWING:
+        return
+    is_ahead = state.durable_seq > session.primary_durable_seq
+    if is_ahead and state.shown_seq == session.acked_shown_seq:
         return
     if (state.durable_seq, state.shown_seq) != (session.acked_seq, session.acked_shown_seq):
         session.acked_seq, session.acked_shown_seq = state.durable_seq, state.shown_seq

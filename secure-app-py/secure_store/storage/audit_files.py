@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,9 @@ _TAIL_BYTES = 64 << 10
 
 
 class Sink:
-    """One audit file with its older segments. Used by one thread.
+    """One audit file with its older segments. One thread opens, rotates, mends and syncs it; the
+    event loop may append as well (if `takes_now`). Whoever appends holds `mutex`, and so does
+    `sync`, but not while it waits for the disk.
 
     What is not known to be durable stays in memory: after a failed write or fsync nobody knows what
     the disk holds beyond the last good one, so the file is cut back there and written anew.
@@ -30,6 +33,7 @@ class Sink:
 
     def __init__(self, path: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
         self.path = path
+        self.mutex = threading.Lock()
         self._segment_bytes = segment_bytes
         self._fd = -1
         self._good = 0  # bytes of the present segment that are known to be durable
@@ -62,8 +66,9 @@ class Sink:
             if self._dirty:
                 os.ftruncate(self._fd, self._good)
                 self._dirty = False
-            if self._good and self._good + len(self._unsynced) > self._segment_bytes:
-                self._sync()
+            if self._is_full(0):
+                os.fsync(self._fd)
+                self._settle(self._written)
                 self._rotate()
             with memoryview(self._unsynced) as view:
                 while self._written < len(view):
@@ -74,21 +79,36 @@ class Sink:
         self.failure = None
         return True
 
+    def takes_now(self, size: int) -> bool:
+        """Whether so many bytes can be appended by a plain write."""
+        sound = self._fd >= 0 and self.failure is None and not self._dirty
+        return sound and self._written == len(self._unsynced) and not self._is_full(size)
+
+    def _is_full(self, more: int) -> bool:
+        size = self._good + len(self._unsynced) + more
+        return self._good > 0 and size > self._segment_bytes
+
     def sync(self) -> bool:
-        """Make what was appended durable; False if it cannot be done now."""
+        """Make what was appended durable; False if it cannot be done now. What is appended
+        meanwhile is for the next time."""
+        with self.mutex:
+            fd, written = self._fd, self._written
         try:
-            self._sync()
+            if written:
+                os.fsync(fd)
         except OSError as e:
-            self._failed(e)
+            with self.mutex:
+                self._failed(e)
             return False
+        with self.mutex:
+            self._settle(written)
         return True
 
-    def _sync(self) -> None:
-        if self._written:
-            os.fsync(self._fd)
-            self._good += self._written
-            del self._unsynced[: self._written]
-            self._written = 0
+    def _settle(self, written: int) -> None:
+        """So many bytes after the good ones are durable."""
+        self._good += written
+        del self._unsynced[:written]
+        self._written -= written
 
     def _failed(self, e: OSError) -> None:
         self.failure = f"{self.path}: {e.strerror or e}"

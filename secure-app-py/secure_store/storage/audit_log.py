@@ -6,7 +6,9 @@ thread of its own: one that hangs or fails holds up none of the others, and a li
 
 * lines are gathered for 0.1 s, written and fsynced together;
 * a *record's* line (a write: its content is durable already, in the log of both nodes, see
-  changes.Audited) is written at once, and fsynced with the others soon after;
+  changes.Audited) is handed to the operating system before its answer, and fsynced with the others
+  soon after. The loop does that itself (`write_out`), a few microseconds for all that were decided
+  together; only if the file is not ready for it (it failed, is full, was slow) is its thread woken;
 * an *urgent* line (a denial, a failure) is fsynced at once, with whatever waits.
 
 If no sink can be written, or all hang, `unavailable()` says so and requests are refused; what was
@@ -46,6 +48,8 @@ MAX_WAITING = 50_000
 MAX_BACKLOG_BYTES = 16 << 20
 HUNG_AFTER = 7  # looks without any progress
 COPY_LINES = 10_000
+PATIENCE_S = 0.005  # a write that took the loop longer was the last for a while
+THREAD_DOES = 100
 
 
 class AuditUnavailable(Exception):
@@ -81,6 +85,7 @@ class _Worker:
         self._haste = Haste.GATHERED
         self._due: float | None = None  # monotonic: by then what was put is to be durable
         self._stopping = False
+        self._slow_for = 0  # writes that the thread shall do
         self.thread = threading.Thread(target=self._run, name="audit", daemon=True)
 
     def put(self, line: bytes, end: End, haste: Haste) -> None:
@@ -95,6 +100,38 @@ class _Worker:
             if haste > self._haste:
                 self._haste = haste
                 self._lock.notify()
+
+    def write_now(self) -> bool:
+        """(Event loop.) Hand everything that was put to the operating system; False if that is the
+        thread's to do."""
+        if self.given_up or self._slow_for or not self.sink.mutex.acquire(blocking=False):
+            self._slow_for = max(0, self._slow_for - 1)
+            return False
+        try:
+            if not self.sink.takes_now(self._bytes):
+                return False
+            data, last = self._all()
+            began = time.monotonic()
+            if not self.sink.append(data):
+                return False  # the thread tries again, and reports
+            self.written = last
+            if time.monotonic() - began > PATIENCE_S:
+                self._slow_for = THREAD_DOES
+        finally:
+            self.sink.mutex.release()
+        return True
+
+    def hurry(self, haste: Haste) -> None:
+        """(Event loop.) What was put is wanted so soon."""
+        with self._lock:
+            if haste > self._haste:
+                self._haste = haste
+                self._lock.notify()
+
+    def _all(self) -> tuple[bytes, End]:
+        with self._lock:
+            lines, self._lines, self._bytes = self._lines, [], 0
+            return b"".join(lines), self._last
 
     @property
     def backlog_bytes(self) -> int:
@@ -113,11 +150,13 @@ class _Worker:
             self._lock.notify()
 
     def _run(self) -> None:
-        while (taken := self._take()) is not None:
-            data, last, sync = taken
-            done = self.sink.append(data)
+        while (sync := self._next()) is not None:
+            with self.sink.mutex:  # nobody comes between taking lines and writing them
+                data, last = self._all()
+                done = self.sink.append(data)
+                if done:
+                    self.written = last
             if done:
-                self.written = last
                 if not sync:
                     self._report(None)
                     continue
@@ -135,8 +174,8 @@ class _Worker:
             with self._lock:
                 self._haste = Haste.SYNCED  # try again, with what has come meanwhile
 
-    def _take(self) -> tuple[bytes, End, bool] | None:
-        """Wait for work; (bytes, the last line's end, whether to fsync). None: the end."""
+    def _next(self) -> bool | None:
+        """Wait for work: whether to fsync. None: the end."""
         with self._lock:
             while not (self._stopping or self.given_up or self._haste):
                 left_s = None if self._due is None else self._due - time.monotonic()
@@ -147,13 +186,13 @@ class _Worker:
                 return None
             overdue = self._due is not None and self._due <= time.monotonic()
             sync = self._haste is Haste.SYNCED or overdue or self._stopping
-            lines, self._lines, self._bytes = self._lines, [], 0
             self._haste = Haste.GATHERED
-            return b"".join(lines), self._last, sync
+            return sync
 
     def _settled(self) -> None:
         with self._lock:
-            self._due = time.monotonic() + GATHER_S if self._lines else None
+            behind = self._last != self.durable
+            self._due = time.monotonic() + GATHER_S if behind else None
 
     def _report(self, failure: str | None) -> None:
         self.failure = failure
@@ -273,7 +312,8 @@ class AuditLog:
         at_ms: int | None = None,
         urgent: bool = False,
     ) -> asyncio.Future[None] | None:
-        """Add one line; an urgent one gives a future that is done when it is durable."""
+        """Add one line; an urgent one gives a future that is done when it is durable. (Behind those
+        of records comes `write_out`.)"""
         seq = self._last[0] + 1
         entry = Entry(
             action=action,
@@ -293,7 +333,7 @@ class AuditLog:
         self._last = end = (seq, mac)
         if self._watching is None and self._loop is not None:
             self._watching = self._loop.call_later(WATCH_S, self._watch)
-        haste = Haste.SYNCED if urgent else Haste.WRITTEN if record else Haste.GATHERED
+        haste = Haste.SYNCED if urgent else Haste.GATHERED
         for worker in self._workers:
             worker.put(line, end, haste)
         return self._wait(self._for_disk, seq) if urgent else None
@@ -301,6 +341,17 @@ class AuditLog:
     def written(self, seq: int) -> asyncio.Future[None] | None:
         """When entry `seq` is in a file (of this machine's memory at least); None: it is."""
         return None if seq <= self._written_seq else self._wait(self._for_file, seq)
+
+    def write_out(self) -> None:
+        """Hand every line to the operating system: to one file at least (see `written`)."""
+        if self._loop is None:
+            return
+        for worker in self._workers:
+            if worker.write_now():
+                self._written_seq = max(self._written_seq, worker.written[0])
+                return
+        for worker in self._workers:
+            worker.hurry(Haste.WRITTEN)
 
     def refuse(self) -> None:
         """A request is refused because its line could not be written: it is only counted, so that

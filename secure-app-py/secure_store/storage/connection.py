@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -26,7 +28,7 @@ from secure_store.core.records import ORIGIN, Position
 from secure_store.storage.keyring import ID_BYTES, NONCE_BYTES, Keyring
 
 SCHEMA_VERSION = 2
-WAL_BYTES = 4 << 20  # SQLite makes a checkpoint every 1000 pages
+WAL_BYTES = 4 << 20  # what is written between two checkpoints (writer.py), and some room
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, sealed BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS log (seq INTEGER PRIMARY KEY, sealed BLOB NOT NULL);
@@ -110,6 +112,7 @@ class Connection:
             if writable:
                 self.db.execute("PRAGMA journal_mode = WAL")
                 self.db.execute("PRAGMA synchronous = FULL")
+                self.db.execute("PRAGMA wal_autocheckpoint = 0")
                 found = self.db.execute("PRAGMA user_version").fetchone()[0]
                 if found not in (0, SCHEMA_VERSION):
                     raise ConfigError(f"{path} is of schema {found}, this is {SCHEMA_VERSION}")
@@ -164,6 +167,28 @@ class Connection:
         self._loaded = self._changed = False
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")
+
+    @contextmanager
+    def transaction(self, *, is_synced: bool = True) -> Iterator[None]:
+        """One transaction, durable at the end; unless `is_synced`, as soon as a later one is (and a
+        power cut before that takes it whole)."""
+        if not is_synced:
+            self.db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            self.begin()
+            yield
+            self.commit()
+        except BaseException:
+            self.rollback()
+            raise
+        finally:
+            if not is_synced:
+                self.db.execute("PRAGMA synchronous = FULL")
+
+    def checkpoint(self) -> None:
+        """Bring what the write-ahead log holds into the file, so that it is written from its
+        beginning again. (A commit that found it full would have to, while somebody waits.)"""
+        self.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def claim(self) -> None:
         """Make whatever a killed predecessor left in the page cache durable, by a commit of our

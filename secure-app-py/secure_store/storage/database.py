@@ -106,9 +106,14 @@ class Database(Fold):
         row = self.db.execute("SELECT min(seq), count(*), sum(length(sealed)) FROM log").fetchone()
         return (row[0] or 0, row[1], row[2] or 0)
 
-    def trim_log(self, below_seq: int) -> None:
-        gone = self.db.execute("DELETE FROM log WHERE seq < ?", (below_seq,)).rowcount
-        self.log_grew(self._log_end, -gone)
+    def trim_log(self, below_seq: int) -> tuple[int, int]:
+        """Forget the records before this one; gives how many they were, and their bytes."""
+        count, size = self.db.execute(
+            "SELECT count(*), sum(length(sealed)) FROM log WHERE seq < ?", (below_seq,)
+        ).fetchone()
+        self.db.execute("DELETE FROM log WHERE seq < ?", (below_seq,))
+        self.log_grew(self._log_end, -count)
+        return count, size or 0
 
     # --- what is wrong ------------------------------------------------------------------------
 

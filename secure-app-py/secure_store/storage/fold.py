@@ -5,6 +5,9 @@ They are the fold of the log's *decided* records up to `applied`; the log may ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import msgspec
 
 from secure_store.core import kv
@@ -35,6 +38,7 @@ from secure_store.storage.connection import (
     value_name,
 )
 
+OtherChange = PutToken | RevokeToken | UseToken | PutPolicy | Remember | Audited | Genesis
 FOLD_TABLES = ("keys", "vals", "tokens", "policies", "remembered")
 
 _decode_state = msgspec.msgpack.Decoder(KeyState).decode
@@ -59,6 +63,41 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     name: str
     number: int
     payload: bytes
+
+
+class Decided(NamedTuple):
+    """What a decided record changes, and where it ends."""
+
+    changes: tuple[Change, ...]
+    position: Position
+
+
+class _KeyFold:
+    """What becomes of one key: its state now, and how the rows of its values change."""
+
+    __slots__ = ("before", "destroyed", "is_gone", "row", "state", "values")
+
+    def __init__(self, before: KeyState | None, row: bytes) -> None:
+        self.before = self.state = before
+        self.row = row
+        self.values: dict[int, bytes] = {}  # that have no row yet
+        self.destroyed: list[int] = []  # that may have one
+        self.is_gone = False  # all that have one: numbers begin anew
+
+    def take(self, change: kv.KeyChange) -> None:
+        self.state = kv.apply(self.state, change)
+        match change:
+            case PutValue(_, version, value):
+                self.values[version] = value
+            case Destroy(_, 0):
+                self.values.clear()
+                self.destroyed.clear()
+                self.is_gone = True
+            case Destroy(_, version):
+                if self.values.pop(version, None) is None:
+                    self.destroyed.append(version)
+            case MarkDeleted():
+                pass
 
 
 class Fold(Connection):
@@ -117,18 +156,32 @@ class Fold(Connection):
     # --- folding ------------------------------------------------------------------------------
 
     def apply(self, records: tuple[Record, ...], tokens: TokenSet, now_ms: int) -> None:
-        """Fold decided records, in order. `tokens` is the writer's own copy of the token set."""
-        for record in records:
-            for change in decode_changes(record.payload):
-                self._apply_change(change, tokens)
-        if records:
-            self.put_meta("applied", encode(records[-1].position))
+        """`fold` of records as they stand in the log."""
+        decided = [Decided(decode_changes(r.payload), r.position) for r in records]
+        self.fold(decided, tokens, now_ms)
+
+    def fold(self, decided: Sequence[Decided], tokens: TokenSet, now_ms: int) -> None:
+        """Fold decided records, in order: each key is read and written once, whatever happened to
+        it. `tokens` is the writer's own copy of the token set."""
+        keys: dict[str, _KeyFold] = {}
+        for record in decided:
+            for change in record.changes:
+                match change:
+                    case PutValue() | MarkDeleted() | Destroy():
+                        folded = keys.get(change.key)
+                        if folded is None:
+                            folded = keys[change.key] = _KeyFold(*self._key_row(change.key))
+                        folded.take(change)
+                    case _:
+                        self._apply_change(change, tokens)
+        for key, folded in keys.items():
+            self._put_folded(key, folded)
+        if decided:
+            self.put_meta("applied", encode(decided[-1].position))
             self._drop_remembered(now_ms)
 
-    def _apply_change(self, change: Change, tokens: TokenSet) -> None:
+    def _apply_change(self, change: OtherChange, tokens: TokenSet) -> None:
         match change:
-            case PutValue() | MarkDeleted() | Destroy():
-                self._apply_key_change(change)
             case PutToken() | UseToken() | RevokeToken():
                 for gone in tokens.apply(change):
                     self._drop_named("tokens", gone)
@@ -151,25 +204,32 @@ class Fold(Connection):
             case Audited():
                 pass  # told by the log, see ledger.py
 
-    def _apply_key_change(self, change: kv.KeyChange) -> None:
-        key = change.key
+    def _key_row(self, key: str) -> tuple[KeyState | None, bytes]:
+        """A key's state, and its row as it stands there (empty: none)."""
         row = self.db.execute("SELECT sealed FROM keys WHERE key = ?", (key,)).fetchone()
-        before = None if row is None else _decode_state(self.keyring.open(key_name(key), row[0]))
-        after = kv.apply(before, change)
-        if row is not None:
-            self.went(key_name(key), row[0])
+        if row is None:
+            return None, b""
+        return _decode_state(self.keyring.open(key_name(key), row[0])), row[0]
+
+    def _put_folded(self, key: str, folded: _KeyFold) -> None:
+        before, after = folded.before, folded.state
+        if folded.row:
+            self.went(key_name(key), folded.row)
+        if before is not None and (folded.is_gone or after is None):
+            self._drop_values(key, "version >= ?", 0)
         if after is None:
             self.db.execute("DELETE FROM keys WHERE key = ?", (key,))
-            self._drop_values(key, "version >= ?", 0)
             return
         self._put_key(key, after)
-        if isinstance(change, PutValue):
-            self._put_value(key, change.version, change.value)
-            oldest = after.versions[0].number
-            if before is not None and before.versions[0].number < oldest:
+        oldest = after.versions[0].number
+        if before is not None and not folded.is_gone:
+            if before.versions[0].number < oldest:
                 self._drop_values(key, "version < ?", oldest)
-        elif isinstance(change, Destroy):
-            self._drop_values(key, "version = ?", change.version)
+            for version in folded.destroyed:
+                self._drop_values(key, "version = ?", version)
+        for version, value in folded.values.items():
+            if version >= oldest:
+                self._put_value(key, version, value)
 
     def _put_key(self, key: str, state: KeyState) -> None:
         """(Whoever replaces a row has said so: `went`.)"""

@@ -4,6 +4,10 @@ The primary dials, both talk. Frames are batches: everything that gathered while
 being written goes into the next (a msgpack array of tagged structs). In order, nothing lost within
 a link; when a link breaks, whatever was under way on it is void and the machine starts over on the
 next.
+
+A frame is written in the turn of the loop that made its messages, without a task that would have to
+be woken first: `flush` takes the first step of `send_bytes` itself, as an eager task would (asyncio
+has those from 3.12 on). Nearly always it is also the last one.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 
 import aiohttp
 import msgspec
@@ -31,6 +36,7 @@ OUTBOX_BYTES = 64 << 20
 MAX_FRAME_MESSAGES = 0xFFFF
 CONNECT_TIMEOUT_S = 2.0
 RECONNECT_S = (0.02, 0.15)
+_BROKEN = (aiohttp.ClientError, OSError, RuntimeError)  # the last: closed already
 
 
 class AuditHead(msgspec.Struct, frozen=True, tag="audit_head"):
@@ -62,10 +68,12 @@ class Link:
         self._ws = ws
         self._outbox: deque[bytes] = deque()
         self._outbox_bytes = 0
-        self._wake = asyncio.Event()
+        # The last frame is in the transport's buffer, which is too full for another one.
+        self._sending: Coroutine[asyncio.Future[None], None, None] | None = None
         self._drained = asyncio.Event()
         self._drained.set()
         self._closing = False
+        self._ended = asyncio.Event()
         self.frames = 0
 
     def put(self, encoded: bytes) -> None:
@@ -75,35 +83,79 @@ class Link:
         self._outbox.append(encoded)
         self._outbox_bytes += len(encoded)
         self._drained.clear()
-        self._wake.set()
 
     def close(self) -> None:
         """Close once what is queued has been written."""
         self._closing = True
-        self._wake.set()
+        self.flush()
 
     async def drained(self) -> None:
         """Wait until everything queued has been handed to the socket."""
         await self._drained.wait()
 
-    async def write(self) -> None:
-        """Write until told to close."""
-        while True:
-            while not self._outbox:
-                self._drained.set()
-                if self._closing:
-                    return
-                self._wake.clear()
-                await self._wake.wait()
-            taken: list[bytes] = []
-            size = 0
-            while self._outbox and size < FRAME_TARGET_BYTES and len(taken) < MAX_FRAME_MESSAGES:
-                encoded = self._outbox.popleft()
-                taken.append(encoded)
-                size += len(encoded)
-            self._outbox_bytes -= size
-            await self._ws.send_bytes(_array_header(len(taken)) + b"".join(taken))
-            self.frames += 1
+    async def ended(self) -> None:
+        """Wait until it was closed and everything is written, or it broke."""
+        await self._ended.wait()
+
+    def flush(self) -> None:
+        """Write what waits; what does not fit into the transport's buffer leaves later."""
+        if self._sending is not None or self._ended.is_set():
+            return
+        while self._outbox:
+            sending = self._ws.send_bytes(self._take_frame())
+            try:
+                room = sending.send(None)
+            except StopIteration:
+                continue
+            except _BROKEN:
+                self._break()
+                return
+            self._sending = sending
+            room.add_done_callback(partial(self._go_on, sending))
+            return
+        self._drained.set()
+        if self._closing:
+            self._ended.set()
+
+    def _go_on(
+        self, sending: Coroutine[asyncio.Future[None], None, None], _: asyncio.Future[None]
+    ) -> None:
+        """There is room again, or the connection broke."""
+        if self._sending is not sending:
+            return
+        self._sending = None
+        try:
+            sending.send(None)
+        except StopIteration:
+            self.flush()
+        except _BROKEN:
+            self._break()
+        else:
+            sending.close()
+            self._break()  # it waits for something else: nothing that aiohttp does
+
+    def _break(self) -> None:
+        self._outbox.clear()
+        self._outbox_bytes = 0
+        self._ended.set()
+
+    def abandon(self) -> None:
+        """Nothing is written any more."""
+        self._break()
+        if self._sending is not None:
+            self._sending.close()
+            self._sending = None
+
+    def _take_frame(self) -> bytes:
+        taken: list[bytes] = []
+        size = 0
+        while self._outbox and size < FRAME_TARGET_BYTES and len(taken) < MAX_FRAME_MESSAGES:
+            encoded = self._outbox.popleft()
+            taken.append(encoded)
+            size += len(encoded)
+        self._outbox_bytes -= size
+        self.frames += 1
+        return _array_header(len(taken)) + b"".join(taken)
 
 
 class Links:
@@ -124,6 +176,8 @@ class Links:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(list[Wire])
         self._links: dict[int, Link] = {}
+        self._touched: list[Link] = []
+        self._loop = asyncio.get_running_loop()
         self._numbers = 0
         self._session: aiohttp.ClientSession | None = None
         self._dialing: asyncio.Task[None] | None = None
@@ -132,10 +186,21 @@ class Links:
     # --- sending ------------------------------------------------------------------------------
 
     def send(self, number: int, message: Wire) -> None:
-        """Queue a message; nothing happens if the link is gone."""
+        """Queue a message, for `flush` or the end of this turn; nothing happens if the link is
+        gone."""
         link = self._links.get(number)
         if link is not None:
+            if not self._touched:
+                self._loop.call_soon(self.flush)
+            if link not in self._touched:
+                self._touched.append(link)
             link.put(self._encoder.encode(message))
+
+    def flush(self) -> None:
+        """Write what was queued."""
+        touched, self._touched = self._touched, []
+        for link in touched:
+            link.flush()
 
     def close(self, number: int) -> None:
         link = self._links.get(number)
@@ -211,17 +276,18 @@ class Links:
     ) -> None:
         self._numbers += 1
         link = self._links[self._numbers] = Link(self._numbers, ws, dialed)
-        writer = asyncio.create_task(link.write())
+        ended = asyncio.create_task(link.ended())
         reader = asyncio.create_task(self._read(ws, link))
         self._on_up(link.number, dialed)
         try:
-            await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended, reader), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            writer.cancel()
+            ended.cancel()
             reader.cancel()
+            link.abandon()
             del self._links[link.number]
             self._on_down(link.number)
-            results = await asyncio.gather(writer, reader, return_exceptions=True)
+            results = await asyncio.gather(ended, reader, return_exceptions=True)
             for result in results:
                 if isinstance(result, Exception) and not isinstance(result, ConnectionError):
                     log.debug("link %d ended: %r", link.number, result)

@@ -30,7 +30,7 @@ async def test_records_that_are_decided_as_they_come_are_planned_on_all_the_same
     # (Keeping and showing look at no other part than the view.)
     engine = Engine(
         None, view=view, reader=database, open_reader=nothing, replica_flag=None,
-        on_shown=nothing, on_reset=nothing, on_note=nothing, on_head=nothing,
+        on_shown=nothing, on_told=nothing, on_reset=nothing, on_note=nothing, on_head=nothing,
         next_head=nothing, next_told=nothing, on_failed=nothing,
     )  # fmt: skip
     engine._viewed_seq = before.seq
