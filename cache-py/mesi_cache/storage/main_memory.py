@@ -3,8 +3,9 @@
     append -> (durable as the flags say) -> the node may send and answer
     ... every now and then: checkpoint = everything logged goes to the store, old segments go
 
-Reads look at what is not in the store yet, then at the store, in a thread. The event loop never
-waits for a disk, except for the plain write of `append`.
+Reads look at what is not in the store yet, then at what was stored or read lately (recent.py), then
+at the store, in a thread. The event loop never waits for a disk, except for the plain write of
+`append`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mesi_cache.core.step import Logged
 from mesi_cache.storage.data_dir import write_durably
 from mesi_cache.storage.origin_store import OriginStore
 from mesi_cache.storage.origins import HttpOrigin, Origin, RedisOrigin
+from mesi_cache.storage.recent import Recent
 from mesi_cache.storage.sqlite_store import SqliteFile, SqliteStore
 from mesi_cache.storage.store import (
     AppliedRow,
@@ -45,6 +47,7 @@ CHECKPOINT_BYTES = 8 << 20
 LOADS_AT_ONCE = 8
 LOAD_CHUNK = 64
 MOST_PENDING = 100_000
+RECENT_BYTES = 16 << 20
 
 
 class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +78,7 @@ class MainMemory:
         self._pending: dict[str, Record] = {
             line.key: line.record for line in logged if line.record is not None
         }
+        self._recent = Recent(RECENT_BYTES if isinstance(store, SqliteStore) else 0)
         self._new_retries: list[RetryRow] = [row for line in logged if (row := _retry(line))]
         self._lease_ms = config.lease_ms
         self._started, self._started_path = started, config.data_dir / "started.json"
@@ -220,6 +224,7 @@ class MainMemory:
             return False
         self._note_trouble("")
         for key, record in records:
+            self._recent.put(key, record)  # what is newer than that stands in _pending
             if self._pending.get(key) is record:
                 del self._pending[key]
         del self._new_retries[: len(retries)]
@@ -257,7 +262,7 @@ class MainMemory:
         """What can be said at once; the other keys come through `on_loaded`."""
         known: list[tuple[str, Loaded]] = []
         for key in keys:
-            record = self._pending.get(key)
+            record = self._pending.get(key) or self._recent.get(key)
             if record is not None:
                 known.append((key, record))
             elif isinstance(self._store, MemoryStore):
@@ -289,6 +294,9 @@ class MainMemory:
             records = await self._store.load(keys)
         finally:
             self._load_slots.release()
+        for key, record in zip(keys, records, strict=True):
+            if isinstance(record, Record):  # a key is not changed while it is being loaded
+                self._recent.put(key, record)
         # What was logged meanwhile is newer than what was read.
         self._on_loaded(
             [(key, self._pending.get(key) or r) for key, r in zip(keys, records, strict=True)]

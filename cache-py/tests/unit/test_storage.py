@@ -135,6 +135,27 @@ async def test_what_is_stored_needs_its_log_no_longer(tmp_path: Path) -> None:
     await second.crash()
 
 
+async def test_what_was_stored_or_read_lately_is_known_at_once_and_is_the_newest(
+    tmp_path: Path,
+) -> None:
+    running = Running(_config(tmp_path))
+    memory = running.memory
+    memory.append([_line(1)])
+    assert await memory._save()
+    assert not memory._pending
+    assert dict(memory.load(["k"])) == {"k": Record(b"1", 1)}
+    memory.append([_line(2)])
+    assert dict(memory.load(["k"])) == {"k": Record(b"2", 2)}
+    assert await memory._save()
+    assert dict(memory.load(["k"])) == {"k": Record(b"2", 2)}
+    await running.crash()
+    again = Running(_config(tmp_path))
+    again.memory._pending.clear()  # what the log has brought back
+    assert await again.load("k") == Record(b"2", 2)
+    assert dict(again.memory.load(["k"])) == {"k": Record(b"2", 2)}
+    await again.crash()
+
+
 async def test_with_fsync_always_nothing_is_told_before_it_is_durable(tmp_path: Path) -> None:
     running = Running(_config(tmp_path, "--fsync=always"))
     position = running.memory.append([_line(1)])
