@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol, assert_never
@@ -129,12 +128,11 @@ class Host:
         self.around = around
         self.metrics = metrics
         self.mover = Mover(self)
+        self._loop = asyncio.get_running_loop()
         self._token = 0
         self._asked: dict[int, tuple[Done, float]] = {}
-        """Who waits for something to be stored, and since when (loop time)."""
+        """Who waits for something to be stored, and since when (loop time), the oldest first."""
         self._polls: dict[int, asyncio.Future[list[Entry] | None]] = {}
-        self._due: deque[tuple[float, int]] = deque()
-        """(loop time, token) of everything in `_asked`, in order: one time limit for all."""
 
     # ── operations ──────────────────────────────────────────────────────────────────────────────
 
@@ -192,9 +190,7 @@ class Host:
         self._wait_for(token, done)
 
     def _wait_for(self, token: int, done: Done) -> None:
-        began_s = asyncio.get_running_loop().time()
-        self._asked[token] = (done, began_s)
-        self._due.append((began_s + ANSWER_WITHIN_S, token))
+        self._asked[token] = (done, self._loop.time())
         self.around.flush_soon(self)
         self.around.time_matters(self)
 
@@ -299,7 +295,7 @@ class Host:
         owner.collect(self.around.cluster_ms())
         if owner.finished:
             finished, owner.finished = owner.finished, []
-            now_s = asyncio.get_running_loop().time()
+            now_s = self._loop.time()
             observe = self.metrics.stored_ms.observe
             for token, answer in finished:
                 asked = self._asked.pop(token, None)
@@ -346,12 +342,9 @@ class Host:
     def tick(self, loop_s: float, now_ms: int) -> float | None:
         """Let time pass: leases, delays, lifetimes, and answers that are overdue. In how many
         seconds something is due again; None when nothing waits for a moment."""
-        while self._due and self._due[0][0] <= loop_s:
-            _, token = self._due.popleft()
-            asked = self._asked.pop(token, None)
-            if asked is not None:
-                self.metrics.stored_ms.observe(ANSWER_WITHIN_S * 1000)
-                asked[0](unknown_outcome("No quorum"))
+        while (overdue := self._overdue(loop_s)) is not None:
+            self.metrics.stored_ms.observe(ANSWER_WITHIN_S * 1000)
+            overdue(unknown_outcome("No quorum"))
         delivery = self.owner.delivery
         # Without the lease another node may deliver already: time must not hand out anything.
         if (delivery.paused or self.owner.due(now_ms)) and self.around.may_serve(self.partition):
@@ -363,10 +356,18 @@ class Host:
             return 0.0
         next_ms = self.owner.next_due_ms()
         own_s = (next_ms - now_ms) / 1000 if next_ms is not None else None
-        if not self._due:
+        if not self._asked:
             return own_s
-        answer_s = self._due[0][0] - loop_s
+        answer_s = next(iter(self._asked.values()))[1] + ANSWER_WITHIN_S - loop_s
         return answer_s if own_s is None else min(answer_s, own_s)
+
+    def _overdue(self, loop_s: float) -> Done | None:
+        for token, (done, began_s) in self._asked.items():
+            if began_s + ANSWER_WITHIN_S > loop_s:
+                return None
+            del self._asked[token]
+            return done
+        return None
 
     def end(self, clean: bool) -> None:
         """The ownership ended."""

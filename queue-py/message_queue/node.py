@@ -45,7 +45,7 @@ from message_queue.memory import MessageMemory
 from message_queue.metrics import Metrics
 from message_queue.notes import Notes
 from message_queue.ring_keeper import RingKeeper
-from message_queue.routing import Router
+from message_queue.routing import Router, target_of
 from message_queue.storage.data_dir import DataDir
 from message_queue.storage.log import Fsync, Trouble
 from message_queue.storage.store import Store
@@ -100,7 +100,7 @@ class Node:
         """Hosts in which something waits for a moment: an idle node looks at none."""
         self._notes = Notes(metrics, events)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._serving = Serving(self.send, self.router.here, self.router.begin_here)
+        self._serving = Serving(self.send, self.router.here, self.router.begin_here, target_of)
         self.memory = MessageMemory(config.memory_bytes)
         self._stirred = True
         """Something was stored since the memory was looked at."""

@@ -8,7 +8,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +17,8 @@ from message_queue.api.keys import WrongNode
 from message_queue.core.ids import parse_id
 from message_queue.core.messages import RING_PARTITION
 from message_queue.core.operations import (
+    ANEW,
+    IN_ORDER,
     Answer,
     ChangeRing,
     Configure,
@@ -36,23 +38,16 @@ from message_queue.core.operations import (
     unknown_outcome,
 )
 from message_queue.core.placement.ring import PARTITIONS, partition_of
+from message_queue.detours import ANSWER_S, NO_OWNER_S, Begun, Detours
 from message_queue.hosting import Delivered
-from message_queue.transport.forwards import (
-    Asked,
-    Forwards,
-    NotSent,
-    OutcomeUnknown,
-    Reply,
-)
+from message_queue.transport.forwards import Asked, Forwards, NotSent, OutcomeUnknown
 
 if TYPE_CHECKING:
     from message_queue.node import Node
 
 log = logging.getLogger(__name__)
 
-NO_OWNER_S = 1.7
-"""How long an operation waits for an owner before 503."""
-FORWARD_S = 1.85
+FORWARD_S = ANSWER_S
 """How long an answer may take, beyond what the client asked to wait."""
 _LOOK_AGAIN_S = 0.05
 _LATE_S = 0.2
@@ -68,7 +63,10 @@ class Router:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._loop = asyncio.get_running_loop()
         self.forwards = Forwards(node.send)
+        self._detours = Detours(node, self._start, self.refuses_all)
+        self._asked = 0
         # At the start all have been without one for ever.
         self._ownerless_since = dict.fromkeys(range(PARTITIONS), -math.inf)
         self._told: dict[str, int] = {}
@@ -86,61 +84,67 @@ class Router:
 
     def begin(self, op: Direct, done: Callable[[Answer], None]) -> None:
         """See `api.keys.Service`."""
-        node = self._node
-        partition = target_of(op)
-        host = node.hosts.get(partition) if partition is not None else None
-        began_s = asyncio.get_running_loop().time()
-        then = partial(self._began, op, done, began_s)
-        if isinstance(op, Produce) and partition is not None:
-            self._tell(op.queue, partition)
-        if host is not None and not node.stopping and node.may_serve(host.partition):
-            host.begin(op, then)
+        partition = _partition_of(op.queue) if isinstance(op, Produce) else op.partition
+        if partition >= PARTITIONS:
+            done(refusal(404, "Message not found"))
             return
-        position = None
-        if partition is not None and partition < PARTITIONS:
-            position = node.replicator.owner(partition)
+        self._asked += 1
+        begun = Begun(self._detours, self._asked, op, partition, done, self._loop.time())
+        if partition in self._detours.open:
+            self._detours.add(begun)
+        else:
+            self._start(begun)
+
+    def _start(self, begun: Begun) -> None:
+        """Do it here or at the owner as known now."""
+        node, op, partition = self._node, begun.op, begun.partition
+        host = node.hosts.get(partition)
+        if host is not None and not node.stopping and node.may_serve(partition):
+            if self._detours.overtakes(partition, node.config.position):
+                self._detours.add(begun)
+                return
+            if isinstance(op, Produce):
+                self._tell(op.queue, partition, node.config.position)
+            host.begin(op, begun)
+            return
+        position = node.replicator.owner(partition)
         if (
             position is None
             or position == node.config.position
-            or not self.forwards.begin(position, op, FORWARD_S, then)
+            or self._detours.overtakes(partition, position)
         ):
-            then(None)
+            self._detours.add(begun)
             return
+        if isinstance(op, Produce):
+            self._tell(op.queue, partition, position)
+        anew = self._detours.goes_to(begun, position)
         node.metrics.forwarded += 1
+        if not self.forwards.begin(position, op, FORWARD_S, begun, ANEW if anew else IN_ORDER):
+            begun(None)
+
+    def refuses_all(self) -> str | None:
+        """Why nothing is done here any more, if so."""
+        if self._node.stopping:
+            return "Node is stopping"
+        return "Node has left the cluster" if self._node.keeper.departed else None
 
     def begin_here(self, op: Direct, done: Callable[[Answer | None], None]) -> None:
         """`here` for what needs no task."""
         node = self._node
-        partition = target_of(op)
-        host = node.hosts.get(partition) if partition is not None else None
-        if host is None or node.stopping or not node.may_serve(host.partition):
+        partition = _partition_of(op.queue) if isinstance(op, Produce) else op.partition
+        host = node.hosts.get(partition)
+        if host is None or node.stopping or not node.may_serve(partition):
             done(None)
         else:
             host.begin(op, done)
 
-    def _began(
-        self, op: Direct, done: Callable[[Answer], None], began_s: float, reply: Reply
-    ) -> None:
-        """The first attempt ended. Where nothing was done, go the long way, in what is left of the
-        time."""
-        if isinstance(reply, Answer):
-            done(reply)
-        elif reply is None:
-            self._node.spawn(self._go_on(op, done, began_s))
-        else:
-            done(unknown_outcome("No answer from the owner"))
-
-    async def _go_on(self, op: Direct, done: Callable[[Answer], None], began_s: float) -> None:
-        done((await self._route(op, True, began_s)).answer)
-
-    async def _route(self, op: Operation, forward: bool, began_s: float | None = None) -> Delivered:
-        node = self._node
+    async def _route(self, op: Operation, forward: bool) -> Delivered:
         loop = asyncio.get_running_loop()
         partition = target_of(op)
         if partition is None or (partition >= PARTITIONS and not isinstance(op, ChangeRing)):
             return Delivered(refusal(404, "Message not found"))
         wait_s = op.wait_ms / 1000 if isinstance(op, Consume) else 0.0
-        began_s = loop.time() if began_s is None else began_s
+        began_s = loop.time()
         give_up_s = began_s + NO_OWNER_S
         while True:
             asked_s = loop.time()
@@ -155,8 +159,7 @@ class Router:
                     return Delivered(unknown_outcome("No answer in time"))
             if delivered is not None:
                 return delivered
-            if node.stopping or node.keeper.departed:
-                why = "Node is stopping" if node.stopping else "Node has left the cluster"
+            if (why := self.refuses_all()) is not None:
                 return Delivered(certain_refusal(why))
             now_s = loop.time()
             if wait_s and now_s - asked_s > NO_OWNER_S / 2:
@@ -178,8 +181,9 @@ class Router:
     ) -> Delivered | None:
         """Do it here or at the owner as known now. None: nothing was done, there is no owner."""
         node = self._node
-        if isinstance(op, Produce):
-            self._tell(op.queue, partition)
+        position = node.replicator.owner(partition)
+        if isinstance(op, Produce) and position is not None:
+            self._tell(op.queue, partition, position)
         delivered = await self.here(op)
         if delivered is not None:
             return delivered
@@ -190,10 +194,9 @@ class Router:
             raise WrongNode(node.addresses.get(position))
         return await self._forward(position, op, timeout_s)
 
-    def _tell(self, queue: str, partition: int) -> None:
+    def _tell(self, queue: str, partition: int, position: int) -> None:
         """Name a queue's owner in the log, once and whenever it changes."""
-        position = self._node.replicator.owner(partition)
-        if position is None or self._told.get(queue) == position:
+        if self._told.get(queue) == position:
             return
         if len(self._told) >= MAX_TOLD:
             self._told.clear()

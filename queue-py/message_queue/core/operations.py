@@ -188,11 +188,19 @@ def refusal(status: int, error: str, retry_after_s: int = 0, **details: object) 
 # --- between nodes ---------------------------------------------------------------------------
 
 
+IN_ORDER: Final = 1
+"""Not before those of the asker for the same partition that were sent before it: if one of them was
+refused, this one is refused as well."""
+ANEW: Final = 2
+"""The asker knows of the refusals, and has all that was refused: from here on in order again."""
+
+
 class Forward(Struct, frozen=True, array_like=True, tag=101):
     """Do this for a client of mine. `number` is the asker's; the answer carries it back."""
 
     number: Count
     operation: Operation
+    order: Annotated[int, Meta(ge=0, le=ANEW)] = 0
 
 
 class Forwarded(Struct, frozen=True, array_like=True, tag=102):

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Protocol
 
 from message_queue.core.operations import (
+    ANEW,
     Answer,
     Direct,
     Forward,
@@ -51,6 +52,7 @@ class Forwards:
 
     def __init__(self, send: Callable[[int, NodeMessage], bool]) -> None:
         self._send = send
+        self._loop = asyncio.get_running_loop()
         self._number = 0
         self._waiting: dict[int, tuple[int, Callable[[Reply], None]]] = {}
         self._due: deque[tuple[float, int]] = deque()
@@ -62,16 +64,17 @@ class Forwards:
         operation: Operation,
         within_s: float,
         done: Callable[[Reply], None],
+        order: int = 0,
     ) -> bool:
         """Ask the node at `position`; `done` is called once, later. `within_s` is the same in all
-        calls. False: it was not sent, and `done` is not called."""
+        calls; `order`: see `Forward`. False: it was not sent, and `done` is not called."""
         if len(self._waiting) >= MAX_WAITING:
             return False
         self._number += 1
-        if not self._send(position, Forward(self._number, operation)):
+        if not self._send(position, Forward(self._number, operation, order)):
             return False
         self._waiting[self._number] = (position, done)
-        self._due.append((asyncio.get_running_loop().time() + within_s, self._number))
+        self._due.append((self._loop.time() + within_s, self._number))
         return True
 
     def tick(self, loop_s: float) -> None:
@@ -172,10 +175,14 @@ class Serving:
         send: Callable[[int, NodeMessage], bool],
         do: Callable[[Operation], Awaitable[Leased | None]],
         begin: Callable[[Direct, Callable[[Answer | None], None]], None],
+        target_of: Callable[[Operation], int | None],
     ) -> None:
         self._send = send
         self._do = do
         self._begin = begin
+        self._target_of = target_of
+        self._refused: set[tuple[int, int | None]] = set()
+        """(asker, partition) of which something that wants its order was refused."""
         self._tasks: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._leased: dict[tuple[int, int], Leased] = {}
         self._until: deque[tuple[float, tuple[int, int]]] = deque()
@@ -184,11 +191,27 @@ class Serving:
         """Do what a peer asks, and answer it."""
         key = (position, forward.number)
         if isinstance(forward.operation, Direct):
-            self._begin(forward.operation, partial(self._answer, position, forward.number))
+            if not forward.order:
+                self._begin(forward.operation, partial(self._answer, position, forward.number))
+                return
+            target = position, self._target_of(forward.operation)
+            if forward.order == ANEW:
+                self._refused.discard(target)
+            elif target in self._refused:
+                self._answer(position, forward.number, None)
+                return
+            self._begin(forward.operation, partial(self._answer_in_order, target, forward.number))
             return
         task = asyncio.create_task(self._serve(key, forward))
         self._tasks[key] = task
         task.add_done_callback(lambda task: self._done(key, task))
+
+    def _answer_in_order(
+        self, target: tuple[int, int | None], number: int, answer: Answer | None
+    ) -> None:
+        if answer is None:
+            self._refused.add(target)
+        self._send(target[0], Forwarded(number, answer))
 
     def _answer(self, position: int, number: int, answer: Answer | None) -> None:
         self._send(position, Forwarded(number, answer))
