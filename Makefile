@@ -25,7 +25,7 @@ LINT_READY := lint-environment
 endif
 PYTHON_PATH := .:scripts:distributed-lock-py/src:queue-py:cache-py:secure-app-py
 
-.PHONY: help style format types layers shell test sim teeth bench start stop demo check lint-environment environment
+.PHONY: help style format types layers security shell test sim teeth bench start stop demo check lint-environment environment
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ abspath_lint = $(if $(filter /%,$(LINT)),$(LINT),"$(CURDIR)/$(LINT)")
 layers: $(LINT_READY) ## import-linter: rooms stack one way, cores are pure, services stand alone
 	PYTHONPATH=$(PYTHON_PATH) $(LINT) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
+security: $(LINT_READY) ## bandit (each finding answered where it is) and pip-audit (what is not looked up is said)
+	$(LINT) .ci/bandit_findings.py
+	$(LINT) .ci/vulnerabilities.py
+
 shell: ## shellcheck
 	shellcheck -x scripts/*.sh .ci/run
 
@@ -78,4 +82,4 @@ stop: ## stop every cluster, or SERVICE=lock
 demo: ## play the walkthrough, or SERVICE=lock
 	./scripts/demo.sh $(SERVICE)
 
-check: style types layers shell test ## what must be green before a commit is pushed
+check: style types layers security shell test ## what must be green before a commit is pushed

@@ -11,7 +11,7 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, ClientWebSocketRe
 
 from testkit.contract.service import Service, Target
 
-SECRET: Final = "contract-secret-5f0c"  # noqa: S105  # a test's own
+SECRET: Final = "contract-secret-5f0c"
 
 
 def _link_url(target: Target, index: int) -> str:

@@ -40,12 +40,12 @@ class _Table:
         mark_name: Callable[..., bytes] | None,
     ) -> None:
         self.order = columns.split(",")[0]
-        self.page = (  # constants below
-            f"SELECT {columns}, {HEAD} FROM {table} WHERE {self.order} > ? "  # noqa: S608
+        self.page = (
+            f"SELECT {columns}, {HEAD} FROM {table} WHERE {self.order} > ? "  # noqa: S608 - constants
             f"ORDER BY {self.order} LIMIT {SLICE_ROWS}"
         )
-        self.read = f"SELECT sealed FROM {table} WHERE {self.order} = ?"  # noqa: S608
-        self.write = f"UPDATE {table} SET sealed = ? WHERE {self.order} = ?"  # noqa: S608
+        self.read = f"SELECT sealed FROM {table} WHERE {self.order} = ?"  # noqa: S608 - constants
+        self.write = f"UPDATE {table} SET sealed = ? WHERE {self.order} = ?"  # noqa: S608 - constants
         self.seal_name = seal_name
         self.mark_name = mark_name
         self.before_first: Any = -(1 << 63) if self.order in ("seq", "id") else ""
