@@ -19,6 +19,7 @@ KEYS = 6  # with homes on every node
 CLIENTS = 6
 PATIENT_S, HASTY_S = 8.0, 0.3  # most of the clients do not wait for an answer that is slow
 HOLD_S = LEASE_MS / 1000 + 0.2  # longer than a lease: what is tested is that time has passed
+BUSY_S = 120.0  # how long a node may take to start where others use the processor
 
 
 async def ask(
@@ -131,7 +132,7 @@ class Load:
         async def reached() -> bool:
             return len(self.recorder.history) >= goal
 
-        await until(reached, "the load goes on", 60)
+        await until(reached, "the load goes on", BUSY_S)
 
     def end(self) -> None:
         self._stop = True
@@ -205,23 +206,23 @@ async def killed(cluster: Cluster, node: int) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await cluster.start_all()
+        await cluster.start_all(BUSY_S)
 
 
 @asynccontextmanager
 async def restarted(cluster: Cluster, node: int) -> AsyncIterator[None]:
     """SIGTERM: it gives its lines back, and comes again."""
-    await cluster.nodes[node].terminate()
+    await cluster.nodes[node].terminate(BUSY_S)
     try:
         yield
     finally:
-        await cluster.start_all()
+        await cluster.start_all(BUSY_S)
 
 
 async def all_killed(cluster: Cluster) -> None:
     """kill -9 of all of them at the same moment."""
     cluster.power_cut()
-    await cluster.start_all()
+    await cluster.start_all(BUSY_S)
 
 
 FAULTS = (paused, isolated, cut_one_way, silent_one_way, killed, restarted)

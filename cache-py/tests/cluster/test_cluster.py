@@ -221,13 +221,40 @@ async def test_every_call_is_answered_within_five_seconds_by_the_truth_or_503(
         assert await until(lambda: value_of(dead[0]), "the dead home is back") == "old"
 
 
+async def test_the_least_recently_used_line_goes_and_is_read_again_from_memory(
+    cluster: Cluster,
+) -> None:
+    async with cluster.client(1) as b:
+        before = (await ok(await b.get("/metrics"))).json
+
+        async def lines() -> list[str]:
+            shown = (await ok(await b.get("/lines"))).json["lines"]
+            return [line["key"] for line in shown]
+
+        for number in range(10):
+            await ok(await b.post("/write", {"key": f"slot{number}", "value": number}))
+        await ok(await b.get("/read?key=slot0"))
+        async with cluster.client(2) as c:  # what another node does is no use of it here
+            await ok(await c.get("/read?key=slot1"))
+        for number in range(10, 13):
+            await ok(await b.post("/write", {"key": f"slot{number}", "value": number}))
+        assert await lines() == [f"slot{n}" for n in (4, 5, 6, 7, 8, 9, 0, 10, 11, 12)]
+        again = (await ok(await b.get("/read?key=slot2"))).json
+        assert (again["value"], again["hit"], again["source"]) == (2, False, "memory")
+        assert (await lines())[-1] == "slot2"
+        after = (await ok(await b.get("/metrics"))).json
+        assert after["lines"] == after["capacity"] == 10
+        assert after["evictions"] - before["evictions"] >= 4
+        assert after["writebacks"] - before["writebacks"] >= 3
+
+
 async def test_another_member_list_is_refused_and_said(tmp_path: Path) -> None:
     def two_lists(view: object) -> list[str]:
         command = argv()(view)  # type: ignore[arg-type]  # the cluster's view
         if view.index == 2:  # type: ignore[attr-defined]
             command = [c for c in command if not c.startswith("--dial")]
             peers = next(c for c in command if c.startswith("--peers"))
-            command[command.index(peers)] = peers.split(",")[0]
+            command[command.index(peers)] = peers.split(",")[0]  # without itself and the other
         return command
 
     cluster = Cluster(two_lists, 3, root=tmp_path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,85 @@ async def test_a_named_change_is_remembered_over_the_death_of_all_nodes(
         assert (await answer(c.get("/read?key=killed-delete")))["value"] == 1
 
 
+async def test_compare_and_set_goes_by_versions_that_never_come_again(
+    nodes: list[HttpClient],
+) -> None:
+    a, b, c = nodes
+
+    def cas(client: HttpClient, version: int, value: object) -> Any:
+        return client.post("/cas", {"key": "cas", "expected_version": version, "value": value})
+
+    mismatch = {"error": "Version mismatch", "key": "cas"}
+    assert await answer(cas(a, 1, "x"), 409) == {**mismatch, "version": 0}
+    assert await answer(cas(a, 0, None)) == {
+        "status": "ok", "key": "cas", "value": None, "state": "M", "version": 1,
+    }  # fmt: skip
+    assert await answer(cas(b, 0, "x"), 409) == {**mismatch, "version": 1}
+    assert (await answer(cas(b, 1, [2])))["version"] == 2
+    assert await answer(cas(c, 1, "x"), 409) == {**mismatch, "version": 2}
+    gone = await answer(c.post("/delete", {"key": "cas"}))
+    assert gone == {"status": "ok", "key": "cas", "deleted": True}
+    assert (await answer(a.post("/delete", {"key": "cas"})))["deleted"] is False
+    assert await answer(a.get("/read?key=cas"), 404) == {"error": "Key not found"}
+    assert "cas" not in {x["key"] for x in (await answer(c.get("/lines")))["lines"]}
+    assert await answer(cas(b, 2, "x"), 409) == {**mismatch, "version": 0}
+    assert (await answer(cas(b, 0, "x")))["version"] > 2
+
+
+async def test_increments_on_all_nodes_at_once_are_atomic(nodes: list[HttpClient]) -> None:
+    async def count(client: HttpClient) -> list[tuple[int, int]]:
+        replies = [
+            await answer(client.post("/incr", {"key": "atomic", "by": 3})) for _ in range(20)
+        ]
+        return [(reply["value"], reply["version"]) for reply in replies]
+
+    seen = sorted(chain.from_iterable(await asyncio.gather(*map(count, nodes))))
+    assert seen == [(3 * n, n) for n in range(1, 61)]
+    assert (await answer(nodes[0].post("/incr", {"key": "atomic", "by": -180})))["value"] == 0
+    await answer(nodes[1].post("/write", {"key": "text", "value": "1"}))
+    refused = await answer(nodes[2].post("/incr", {"key": "text", "by": 1}), 409)
+    assert refused == {
+        "error": "Value is not an integer in range", "key": "text", "version": 1,
+    }  # fmt: skip
+
+
+async def test_each_item_of_a_batch_has_its_own_result_in_its_own_place(
+    nodes: list[HttpClient],
+) -> None:
+    items = [
+        {"key": "twice", "value": 1}, {"key": "null", "value": None}, {"key": "twice", "value": 2},
+        {"key": "soon", "value": 0, "ttl_ms": 1},
+    ]  # fmt: skip
+    written = (await answer(nodes[0].post("/mwrite", {"items": items})))["results"]
+    assert [(x["key"], x["value"], x["version"]) for x in written] == [
+        ("twice", 1, 1), ("null", None, 1), ("twice", 2, 2), ("soon", 0, 1),
+    ]  # fmt: skip
+
+    async def over() -> bool:
+        reply = await nodes[2].get("/read?key=soon")
+        return isinstance(reply, Reply) and reply.status == 404
+
+    await until(over, "its time is over")
+    keys = ["null", "none", "twice", "twice", "soon"]
+    read = (await answer(nodes[1].post("/mread", {"keys": keys})))["results"]
+    assert read[0] == {
+        "key": "null", "value": None, "state": "S", "hit": False, "source": "memory", "version": 1,
+    }  # fmt: skip
+    assert [read[n] for n in (1, 4)] == [
+        {"key": key, "error": "Key not found"} for key in ("none", "soon")
+    ]
+    assert read[2]["value"] == read[3]["value"] == 2
+    for path, body in (("/mread", {"keys": []}), ("/mwrite", {"items": []})):
+        assert await answer(nodes[2].post(path, body)) == {"results": []}
+    too_many = {"items": [{"key": "k", "value": 1}] * 1001}
+    assert (await answer(nodes[2].post("/mwrite", too_many), 400))["field"] == "items"
+    bad = await answer(
+        nodes[2].post("/mwrite", {"items": [{"key": "k", "value": 1}, {"key": ""}]}), 400
+    )
+    assert bad["field"].startswith("items[1]")
+    await answer(nodes[2].get("/read?key=k"), 404)
+
+
 async def test_a_batch_goes_to_each_home_in_one_round(nodes: list[HttpClient]) -> None:
     keys = [f"batch{number}" for number in range(1000)]
     items = [{"key": key, "value": key} for key in keys]
@@ -183,12 +265,24 @@ async def test_the_directory_knows_the_version_of_what_only_the_store_has(
 ) -> None:
     await answer(nodes[0].post("/write", {"key": "stored", "value": 1}))
     await answer(nodes[0].post("/write", {"key": "stored", "value": 2}))
-    await running.terminate_all()
+    running.kill(2)
+    began = time.monotonic()  # a node that stops waits for nobody who is dead
+    assert await asyncio.gather(*(running.nodes[n].terminate() for n in (0, 1))) == [0, 0]
+    assert time.monotonic() - began < 5.0
     await running.start_all()
     await linked(running)
     async with running.client(1) as b:
         entry = await answer(b.get("/directory?key=stored"))
         assert (entry["state"], entry["version"]) == ("U", 2)
+        # The first to read it has it alone, so that its own write needs no permission.
+        assert await answer(b.get("/read?key=stored")) == {
+            "key": "stored", "value": 2, "state": "E", "hit": False, "source": "memory",
+            "version": 2,
+        }  # fmt: skip
+        assert (await answer(b.get("/metrics")))["states"]["E"] == 1
+        assert (await answer(b.post("/write", {"key": "stored", "value": 3})))["version"] == 3
+        found = await answer(b.get("/read?key=stored"))
+        assert (found["state"], found["hit"], found["source"]) == ("M", True, "cache")
 
 
 async def test_lines_are_those_that_hold_a_slot_in_the_order_of_use(
