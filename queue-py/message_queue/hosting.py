@@ -36,6 +36,7 @@ from message_queue.core.operations import (
     unknown_outcome,
 )
 from message_queue.dead_letters import Mover
+from message_queue.gathering import Gathering
 from message_queue.memory import MessageMemory
 from message_queue.metrics import Metrics
 from message_queue.storage.log import Trouble
@@ -123,6 +124,7 @@ class Host:
         """Batches proposed and not yet committed."""
         self.flushing = False
         """Stands in the node's list of those who propose next."""
+        self.gathering = Gathering()
         self.ended = False
         self.store = store
         self.around = around

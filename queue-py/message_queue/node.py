@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, assert_never
+from typing import Any
 
 from message_queue.admission import Place
 from message_queue.api.events import EventHub
@@ -37,13 +37,13 @@ from message_queue.core.operations import (
 from message_queue.core.placement.membership import nodes
 from message_queue.core.replication.config import NEVER_MS, ReplicationConfig
 from message_queue.core.replication.dots import joined, runs_in
-from message_queue.core.replication.drafts import Accepted, NotOwner
 from message_queue.core.replication.effects import Effects, Gained, Lost, Read
 from message_queue.core.replication.replicator import Replicator
 from message_queue.hosting import Host
 from message_queue.memory import MessageMemory
 from message_queue.metrics import Metrics
 from message_queue.notes import Notes
+from message_queue.proposing import Proposer
 from message_queue.ring_keeper import RingKeeper
 from message_queue.routing import Router, target_of
 from message_queue.storage.data_dir import DataDir
@@ -62,8 +62,6 @@ IDLE_TICK_MS = 100
 WATCH_MS = 200
 CALM_WATCH_MS = 1_000
 GENESIS_MS = 3_000
-BATCHES_IN_FLIGHT = 1
-BATCH_BYTES = 4 << 20
 
 
 class Node:
@@ -94,7 +92,7 @@ class Node:
         self.store: Store
         self.replicator: Replicator
         self.links: Links[AnyMessage]
-        self._flushing: list[Host] = []
+        self._proposer = Proposer(self)
         self._time_matters = asyncio.Event()
         self._timed: set[Host] = set()
         """Hosts in which something waits for a moment: an idle node looks at none."""
@@ -306,46 +304,13 @@ class Node:
         return serves
 
     def flush_soon(self, host: Host) -> None:
-        """Propose at the end of this loop iteration, unless a batch is in flight already."""
-        if host.flying < BATCHES_IN_FLIGHT and not host.flushing:
-            host.flushing = True
-            if not self._flushing:
-                asyncio.get_running_loop().call_soon(self._flush)
-            self._flushing.append(host)
+        """Propose what it has gathered, when it is its turn."""
+        self._proposer.flush_soon(host)
 
     def time_matters(self, host: Host) -> None:
         """Something waits for a moment there: tick it."""
         self._timed.add(host)
         self._time_matters.set()
-
-    def _flush(self) -> None:
-        hosts, self._flushing = self._flushing, []
-        for host in hosts:
-            host.flushing = False
-            self._propose(host)
-
-    def _propose(self, host: Host) -> None:
-        owner = host.owner
-        if host.ended or not owner.has_gathered:
-            return
-        now_ms = self.cluster_ms()
-        drafts, gathered = owner.gather(BATCH_BYTES)
-        if not drafts:
-            owner.proposed(gathered, 0, now_ms)
-            host.after()
-            return
-        match self.replicator.propose(host.partition, drafts, monotonic_ms()):
-            case Accepted(epoch, first, effects):
-                if epoch != owner.epoch:
-                    raise AssertionError("a host outlived its epoch")
-                owner.proposed(gathered, first, now_ms)
-                host.flying = owner.in_flight
-                self.apply(effects)
-            case NotOwner():
-                owner.refused(gathered, now_ms)
-                host.after()
-            case other:
-                assert_never(other)
 
     def report_damage(self, partition: int, lost: Spans) -> None:
         """Records are unreadable here: fetch them again."""

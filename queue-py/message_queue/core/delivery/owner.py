@@ -387,6 +387,11 @@ class PartitionOwner:
         return len(self._pending)
 
     @property
+    def gathered(self) -> int:
+        """Operations that wait to be proposed."""
+        return len(self._gathered)
+
+    @property
     def has_gathered(self) -> bool:
         """Whether `gather` would give anything."""
         return bool(self._gathered)
