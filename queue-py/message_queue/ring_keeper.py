@@ -12,7 +12,7 @@ import msgspec
 from message_queue.admission import Place, keep_ring
 from message_queue.clocks import monotonic_ms
 from message_queue.config import Address, ConfigError
-from message_queue.core.messages import Member, Membership
+from message_queue.core.messages import MAX_NODES, Member, Membership
 from message_queue.core.operations import (
     Answer,
     ChangeRing,
@@ -122,6 +122,10 @@ class RingKeeper:
     def has_left(self, position: int) -> bool:
         """That node was a member, and never will be one again."""
         return departed(self.ring, position)
+
+    def may_be_new(self, position: int) -> bool:
+        """A later ring than this node knows may have given that position."""
+        return self.ring.next_position <= position < MAX_NODES
 
     def dismissed(self, position: int) -> None:
         """A peer does not talk to this node any more, because it has left."""

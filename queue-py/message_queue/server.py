@@ -90,6 +90,7 @@ async def serve(config: Config, place: Place, listening: socket.socket, data_dir
         secret=config.cluster_secret,
         client_ssl=tls.client_context(config.tls) if config.tls else None, metrics=metrics,
         on_left=node.keeper.dismissed, has_left=node.keeper.has_left,
+        may_be_new=node.keeper.may_be_new,
     )  # fmt: skip
     node.attach(links)
     peer_routes = [

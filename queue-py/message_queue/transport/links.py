@@ -95,9 +95,11 @@ class Links(Generic[M]):
         metrics: Metrics,
         on_left: Callable[[int], None] = lambda position: None,
         has_left: Callable[[int], bool] = lambda position: False,
+        may_be_new: Callable[[int], bool] = lambda position: False,
     ) -> None:
         """``has_left``: that position was a member, and never will be one again. ``on_left(peer)``:
-        a peer says so of this node."""
+        a peer says so of this node. ``may_be_new``: a change of which this node has not heard may
+        have given that position, so who has it is listened to (it may bring the news)."""
         self._me = me
         self._urls = dict(urls)
         self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(
@@ -112,6 +114,7 @@ class Links(Generic[M]):
         self._metrics = metrics
         self._on_left = on_left
         self._has_left = has_left
+        self._may_be_new = may_be_new
         self._outgoing = {position: _Outgoing(metrics) for position in urls}
         self._known_ids: dict[int, str] = {me.position: me.node_id}
         self._told: set[str] = set()
@@ -307,7 +310,7 @@ class Links(Generic[M]):
         """The first frame: who dials. None: refused, and told so."""
         try:
             hello = msgspec.msgpack.decode(payload, type=Hello)
-            self._check(hello, hello.position)
+            self._check(hello, hello.position, incoming=True)
         except (Refused, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
             self._tell_refusal(f"refused a link from {ws.remote}: {e}")
             left = isinstance(e, HasLeft)
@@ -337,16 +340,17 @@ class Links(Generic[M]):
             return
         self._on_batch(hello.position, hello.incarnation, messages)
 
-    def _check(self, hello: Hello, expected_position: int) -> None:
+    def _check(self, hello: Hello, expected_position: int, *, incoming: bool = False) -> None:
         if hello.cluster != self._me.cluster:
             raise Refused(f"it belongs to cluster {hello.cluster}, this node to {self._me.cluster}")
         if self._has_left(hello.position):
             raise HasLeft(f"node {hello.position} has left the cluster")
-        if hello.position != expected_position or hello.position not in self._urls:
+        known = hello.position in self._urls or (incoming and self._may_be_new(hello.position))
+        if hello.position != expected_position or not known:
             raise Refused(f"it calls itself position {hello.position}")
-        known = self._known_ids.setdefault(hello.position, hello.node_id)
-        if known != hello.node_id:
-            raise Refused(f"position {hello.position} is {known!r}, not {hello.node_id!r}")
+        bound = self._known_ids.setdefault(hello.position, hello.node_id)
+        if bound != hello.node_id:
+            raise Refused(f"position {hello.position} is {bound!r}, not {hello.node_id!r}")
 
 
 class _Outgoing:

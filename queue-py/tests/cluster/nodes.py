@@ -6,8 +6,9 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import msgspec
 
@@ -17,6 +18,9 @@ from testkit.history import History, Operation
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
 DEADLINE_S = 20.0
 VISIBILITY_MS = 1_000
+CLOCK_SLACK_MS = 300
+"""A lease is counted in cluster time, which jumps when an owner hears of a faster clock: by what a
+stalled one may have missed without losing its office."""
 
 
 def queue_cluster(root: Path, *, proxied: bool = False, flags: tuple[str, ...] = ()) -> Cluster:
@@ -63,6 +67,11 @@ async def owner_of(cluster: Cluster, queue: str, ask: int = 0) -> int:
     return found[-1]
 
 
+def is_stored(outcome: Outcome) -> TypeGuard[Reply]:
+    """A produce that was answered with 201, or 200 because it was stored before."""
+    return isinstance(outcome, Reply) and outcome.status in (200, 201)
+
+
 class Recorder:
     """One client that keeps to one node (`target` may be changed) and writes down what happens."""
 
@@ -84,21 +93,29 @@ class Recorder:
             return await self._client.get(path)
         return await self._client.post(path, body)
 
-    def _record(self, operation: Operation, outcome: Outcome, result: object) -> None:
+    def _record(
+        self, operation: Operation, outcome: Outcome, result: object, facts: Mapping[str, bool]
+    ) -> None:
+        info = {**facts, "answer": str(outcome)[:200]}
         if isinstance(outcome, Reply) and outcome.status in (200, 201, 204):
-            self.history.ok(operation, result, outcome.status)
+            self.history.ok(operation, result, info)
         elif outcome.definite:
-            self.history.fail(operation, info=str(outcome)[:200])
+            self.history.fail(operation, info=info)
         else:
-            self.history.unknown(operation, info=str(outcome)[:200])
+            self.history.unknown(operation, info=info)
 
-    async def produce(self, queue: str, body: str) -> str | None:
+    async def produce(
+        self, queue: str, body: str, *, dedupe: bool = False, retry: bool = False
+    ) -> Outcome:
+        """`dedupe`: with an id of its own; `retry`: what was sent before is in doubt."""
         operation = self.history.invoke(self.name, "produce", queue, body)
-        outcome = await self._ask("POST", "/produce", {"queue": queue, "body": body})
-        done = isinstance(outcome, Reply) and outcome.status == 201
-        result = outcome.json["id"] if done and isinstance(outcome, Reply) else None
-        self._record(operation, outcome, result)
-        return result
+        message = {"queue": queue, "body": body}
+        if dedupe:
+            message["dedupe_id"] = body
+        outcome = await self._ask("POST", "/produce", message)
+        result = outcome.json["id"] if is_stored(outcome) else None
+        self._record(operation, outcome, result, {"dedupe": dedupe, "retry": retry})
+        return outcome
 
     async def consume(
         self, queue: str, most: int = 10, wait_ms: int = 0, visibility_ms: int = 30_000
@@ -112,14 +129,14 @@ class Recorder:
         found = []
         if isinstance(outcome, Reply) and outcome.status == 200:
             found = outcome.json["messages"]
-        self._record(operation, outcome, found)
+        self._record(operation, outcome, found, {})
         return found
 
     async def ack(self, queue: str, message: dict[str, object]) -> bool:
         operation = self.history.invoke(self.name, "ack", queue, message["id"])
         body = {"message_id": message["id"], "receipt": message["receipt"]}
         outcome = await self._ask("POST", "/ack", body)
-        self._record(operation, outcome, None)
+        self._record(operation, outcome, None, {})
         return isinstance(outcome, Reply) and outcome.status == 200
 
     def close(self) -> None:
@@ -160,13 +177,21 @@ async def producer(
     queues: Sequence[str],
     nodes: Sequence[int],
 ) -> None:
-    """Stores numbered bodies through any of these nodes."""
+    """Stores numbered bodies through any of these nodes. What stays in doubt is sent again, often
+    with a dedupe id: that must be one message in the end."""
     recorder = Recorder(cluster, history, f"p{number}", number)
     rng = random.Random(number)
     count = 0
     while not stop.is_set():
-        recorder.target = rng.choice(nodes)
-        await recorder.produce(rng.choice(queues), f"{number}/{count}")
+        queue, dedupe = rng.choice(queues), rng.random() < 0.5
+        retry = False
+        while not stop.is_set() or not retry:
+            recorder.target = rng.choice(nodes)
+            sent = await recorder.produce(queue, f"{number}/{count}", dedupe=dedupe, retry=retry)
+            retry = retry or not sent.definite
+            if is_stored(sent) or not retry or rng.random() < 0.3:
+                break
+            await asyncio.sleep(0.05)
         count += 1
         await asyncio.sleep(rng.uniform(0, 0.04))
     recorder.close()

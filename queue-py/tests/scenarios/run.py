@@ -375,6 +375,10 @@ class Cluster:
         node.log.clear()
         node.synced = 0
 
+    def forget_ring(self, i: int) -> None:
+        """What a node that is down kept of the ring is lost, so it starts from its command line."""
+        self.nodes[i].ring = None
+
     def corrupt(self, i: int, kind: str) -> None:
         """The first record of that kind in node i's log can't be read any more."""
         log = self.nodes[i].log
@@ -490,7 +494,7 @@ STEPS = {
     *("sync", "hold_sync", "release_sync", "deliver", "deliver_one", "deliver_last", "duplicate"),
     *("drop", "wait", "sleep", "tick", "settle", "cut", "heal", "isolate", "heal_all", "crash"),
     *("restart", "wipe", "corrupt", "produce", "ack", "stop", "damage", "expect"),
-    *("join", "leave"),
+    *("join", "leave", "forget_ring"),
 }
 
 

@@ -27,6 +27,7 @@ class Side:
         self.down: list[int] = []
         self.dismissed: list[int] = []
         self.departed: set[int] = set()
+        self.new: set[int] = set()
         self.metrics = Metrics()
         secret = changes.pop("secret", None)
         hello = {
@@ -48,6 +49,7 @@ class Side:
             metrics=self.metrics,
             on_left=self.dismissed.append,
             has_left=self.departed.__contains__,
+            may_be_new=self.new.__contains__,
         )
         self.runner: web.AppRunner | None = None
 
@@ -177,6 +179,26 @@ async def test_strangers_are_refused() -> None:
         for changes in ({"cluster": "other"}, {"position": 7}, {"position": 0}, {"position": "1"}):
             assert await greeted(url, **changes) is aiohttp.WSMsgType.CLOSE
         assert not node.links.connected
+
+
+async def test_who_may_have_joined_meanwhile_is_listened_to() -> None:
+    ports = [free_port() for _ in range(4)]
+    # Node 0 knows of three; node 3 came later, and all of them know where node 0 is.
+    old, new = Side(0, ports[:3]), Side(3, ports)
+    old.new.add(3)
+    await old.start()
+    await new.start()
+    try:
+        await until(lambda: new.up)
+        new.links.send(0, Canvass(1, 2))
+        await until(lambda: old.frames)
+        assert old.frames == [(3, 13, [Canvass(1, 2)])]
+        assert not old.links.send(3, Canvass(1, 2))  # not before the ring says who that is
+        old.links.add(3, f"http://127.0.0.1:{ports[3]}")
+        await until(lambda: len(old.up) == 1)
+    finally:
+        await old.stop()
+        await new.stop()
 
 
 async def test_a_position_belongs_to_the_first_id_that_took_it() -> None:

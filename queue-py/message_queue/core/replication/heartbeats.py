@@ -15,6 +15,8 @@ from message_queue.core.replication.desk import Desk
 from message_queue.core.replication.peers import Peer
 from message_queue.core.replication.seat import Seat
 
+NEWS_EVERY = 5
+"""Beats. A peer that does not know this node can't ask for the ring, and is not heard."""
 STAGGER_MS = 40
 """Better owners stand for election this much earlier than the next."""
 
@@ -65,6 +67,9 @@ class Heartbeats:
             )
             peer.sent(desk.beat, named, now_ms)
             desk.send(node, beat)
+            knows = peer.ring >= version and peer.alive(now_ms, desk.config.patience_ms)
+            if version > 1 and not knows and desk.beat % NEWS_EVERY == 0:
+                desk.send(node, RingNews(desk.ring))
 
     def _in_place(self, partition: int, seat: Seat) -> bool:
         tenure = seat.tenure

@@ -185,7 +185,10 @@ class Replicator(Replication):
     ) -> Effects:
         fx = self._begin(now_ms)
         peer = self.peers.get(sender)
-        if peer is None or incarnation < peer.incarnation:
+        if peer is None:
+            self._from_a_stranger(sender, messages)
+            return self._end(fx, now_ms)
+        if incarnation < peer.incarnation:
             return fx
         if incarnation > peer.incarnation:
             self._reborn(sender, peer, incarnation, now_ms)
@@ -281,6 +284,18 @@ class Replicator(Replication):
         return self._end(fx, now_ms)
 
     # -- inside a step ---------------------------------------------------------------------------
+
+    def _from_a_stranger(self, sender: int, messages: tuple[PeerMessage, ...]) -> None:
+        """Only what it says about the ring: all whom this node knew may have been replaced while it
+        was away, or before its disk was lost."""
+        for message in messages:
+            if (
+                isinstance(message, RingNews)
+                and RING_PARTITION in self.seats
+                and plausible(sender, message)
+                and sender in nodes(message.ring)
+            ):
+                self._governor.adopt(message.ring)
 
     def _begin(self, now_ms: int) -> Effects:
         self._now_ms = self._desk.now_ms = max(now_ms, self._now_ms)
