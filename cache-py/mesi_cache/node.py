@@ -23,7 +23,7 @@ from mesi_cache.core.messages import Backup, GetM, Message
 from mesi_cache.core.messages import Hello as CoreHello
 from mesi_cache.core.records import Claim, Once, Operation
 from mesi_cache.core.settings import Settings
-from mesi_cache.core.step import Answer, Changed, Found, Missing, Step, Unavailable
+from mesi_cache.core.step import Answer, Changed, Found, Missing, Step, Transition, Unavailable
 from mesi_cache.inside import Inside
 from mesi_cache.logs import Narrator
 from mesi_cache.metrics import Metrics
@@ -372,15 +372,24 @@ class Node:
             else:
                 self._link().send(target, message)
         self._answer(step.answers)
-        for note in step.notes:
-            if not note.key.startswith(RESERVED):
-                self._narrator.tell(note)
-            if note.key in self._watchers:
-                for watcher in self._watchers.pop(note.key):
-                    if not watcher.done():
-                        watcher.set_result(None)
+        if step.notes:
+            self._wake_watchers(step.notes)
+            # People are told when what was sent in this turn has left.
+            asyncio.get_running_loop().call_soon(self._narrate, step.notes)
         self._load(step)
         self._run_own()
+
+    def _wake_watchers(self, notes: Sequence[Transition]) -> None:
+        if self._watchers:
+            for note in notes:
+                for watcher in self._watchers.pop(note.key, ()):
+                    if not watcher.done():
+                        watcher.set_result(None)
+
+    def _narrate(self, notes: Sequence[Transition]) -> None:
+        for note in notes:
+            if not note.key.startswith(RESERVED):
+                self._narrator.tell(note)
 
     def _answer(self, answers: Iterable[tuple[int, Answer]]) -> None:
         for token, answer in answers:
