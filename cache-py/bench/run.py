@@ -23,7 +23,7 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
-from figures import Figure, Table, median, of, show, show_latency
+from figures import Figure, Table, closed_loop, median, of, show, show_latency
 from lean_client import LeanClient
 from nodes import Floor, Nodes, connect, free_ports, read, write
 from peers import Memcached, RawMemcached, RawRedis, Redis
@@ -138,6 +138,30 @@ async def fill(client: LeanClient, keys: list[str]) -> None:
         assert status == 200
 
 
+class Beside:
+    """The floor for one client, measured anew before each line: what the machine does just now."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        stack: ExitStack,
+        operation: Callable[[LeanClient, str], Awaitable[None]],
+    ) -> None:
+        self._address = stack.enter_context(Floor()).address
+        self._seconds = bench.seconds / 2
+        self._operation = operation
+        self._client: LeanClient | None = None
+
+    async def floor(self) -> Figure:
+        client = self._client = self._client or (await connect(self._address, 1))[0]
+        return await closed_loop(lambda _: self._operation(client, "k"), 1, self._seconds)
+
+    async def show(self, name: str, figure: Awaitable[Figure]) -> None:
+        base, mine = await self.floor(), await figure
+        times = mine.p50_ms / base.p50_ms
+        show_latency(name, mine, f"{times:4.1f}x floor ({base.p50_ms:.3f} ms)")
+
+
 async def misses(bench: Bench, stack: ExitStack) -> None:
     count = int(600 * bench.seconds) + 100
     root = root_of(stack)
@@ -147,19 +171,24 @@ async def misses(bench: Bench, stack: ExitStack) -> None:
     await fill(b, clean)
     await fill(b, nodes.keys_at(1, 200, "other"))  # puts the first ones back
     await asyncio.sleep(1.5)  # and lets them be stored
-    show("miss, home elsewhere, value in its store", await one_by_one(_by(read, a), clean))
-    show("miss, home elsewhere, value with another sharer",
-         await one_by_one(_by(read, c), clean[-60:]))  # fmt: skip
+    beside = Beside(bench, stack, read)
+    await beside.show("miss, home elsewhere, clean", one_by_one(_by(read, a), clean))
+    await beside.show("miss, home elsewhere, another sharer", one_by_one(_by(read, c), clean[-60:]))
     owned = nodes.keys_at(1, count, "owned")
-    parts: list[Figure] = []
-    for start in range(0, count, 50):
-        part = owned[start : start + 50]
-        await fill(c, part)
-        parts.append(await one_by_one(_by(read, a), part))
-    show("miss, home elsewhere, owned by a third node (M)", median(parts))
+
+    async def taken_over() -> Figure:
+        parts: list[Figure] = []
+        for start in range(0, count, 50):
+            part = owned[start : start + 50]
+            await fill(c, part)
+            parts.append(await one_by_one(_by(read, a), part))
+        return median(parts)
+
+    await beside.show("miss, home elsewhere, owned by a third node (M)", taken_over())
     absent = nodes.keys_at(1, count, "absent")
-    figure = await one_by_one(_by(_read_none, a), absent)
-    show("miss of an absent key, home elsewhere", figure)
+    await beside.show(
+        "miss, absent: the store's file is asked", one_by_one(_by(_read_none, a), absent)
+    )
 
 
 async def _read_none(client: LeanClient, key: str) -> None:
@@ -181,8 +210,9 @@ async def invalidation(bench: Bench, stack: ExitStack) -> None:
     (key,) = nodes.keys_at(4, 1, "shared")
     writer = clients[0]
     await write(writer, key)
-    first: Figure | None = None
-    for sharers in (0, 1, 2, 4):
+    beside = Beside(bench, stack, write)
+
+    async def gone_from(sharers: int) -> Figure:
         latencies = []
         for _ in range(times):
             for sharer in clients[1 : 1 + sharers]:
@@ -190,10 +220,10 @@ async def invalidation(bench: Bench, stack: ExitStack) -> None:
             began = time.perf_counter()
             await write(writer, key)
             latencies.append((time.perf_counter() - began) * 1000)
-        figure = of(latencies)
-        first = first or (figure if sharers else None)
-        ratio = f"{figure.p50_ms / first.p50_ms:.2f}x of one sharer" if first else ""
-        show_latency(f"write, gone from {sharers} other caches", figure, ratio)
+        return of(latencies)
+
+    for sharers in (0, 1, 2, 4):
+        await beside.show(f"write, gone from {sharers} other caches", gone_from(sharers))
     package = redis_py()
     if Redis.available() and package is not None:
         server = stack.enter_context(Redis(root_of(stack)))
