@@ -254,7 +254,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE.json")
     parser.add_argument("--runs", type=int, default=0, help="of each test (10000; cluster 200)")
-    parser.add_argument("--seed", type=int, default=None, help="play only this seed")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="play only this one, or --runs from it on"
+    )
     parser.add_argument("--cluster", action="store_true", help="on three real processes")
     parser.add_argument("--coverage", action="store_true", help="say what the seeds lead to")
     args = parser.parse_args(argv)
@@ -269,7 +271,7 @@ def main(argv: list[str]) -> int:
     if args.cluster:
         verdicts = asyncio.run(on_processes(tests, args.runs or CLUSTER_RUNS))
     else:
-        first, runs = (0, args.runs or 10_000) if args.seed is None else (args.seed, 1)
+        first, runs = (0, args.runs or 10_000) if args.seed is None else (args.seed, args.runs or 1)
         verdicts = in_simulation(tests, range(first, first + runs))
     failed = 0
     for test, verdict in zip(tests, verdicts, strict=True):

@@ -14,6 +14,7 @@ from mesi_cache.config import Config, ConfigError
 from mesi_cache.core.records import Incr, Once, Outcome, Record
 from mesi_cache.core.step import Logged
 from mesi_cache.storage.main_memory import MainMemory
+from mesi_cache.storage.sqlite_store import SqliteFile
 from mesi_cache.storage.store import Loaded
 from mesi_cache.storage.write_log import WriteLog
 
@@ -232,3 +233,52 @@ async def test_a_named_change_is_remembered_whether_it_is_in_the_log_or_stored(
     assert third.memory.restored.retries == [row]
     assert await third.load("k") == record
     await third.crash()
+
+
+class Died(BaseException):
+    """kill -9."""
+
+
+@pytest.mark.parametrize("at", ["prepare", "rotate", "save", "drop", "in drop"])
+@pytest.mark.parametrize("after", [False, True], ids=["before it", "after it"])
+async def test_a_death_at_any_step_of_a_checkpoint_loses_nothing_and_brings_nothing_old_back(
+    at: str, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = _config(tmp_path)
+    first = Running(settings)
+    memory = first.memory
+    for task in memory._tasks:
+        task.cancel()  # this test says when
+    once, until_ms = Once.of("mine", "k", Incr(1)), int(time.time() * 1000) + 60_000
+    refused = Outcome("mismatch", 1)
+    named = Logged("k", None, "a", 9, 0, refused, once, until_ms)
+    memory.append([_line(1), _line(1, "other"), named])
+    await memory._checkpoint()
+    memory.append([_line(2)])
+
+    def dies(kind: type, name: str) -> None:
+        real = getattr(kind, name)
+
+        def step(*args: object, **how: object) -> object:
+            result = real(*args, **how) if after else None
+            raise Died(result)
+
+        monkeypatch.setattr(kind, name, step)
+
+    if at == "save":
+        dies(SqliteFile, "save")
+    elif at == "in drop":
+        dies(Path, "unlink")
+    else:
+        dies(WriteLog, at)
+    with pytest.raises(Died):
+        await memory._checkpoint()
+    memory.append([_line(3)])  # what is still told before the process is gone
+    monkeypatch.undo()
+    await first.crash()
+    for _ in range(2):  # and the next life dies at once
+        again = Running(settings)
+        assert await again.load("k") == Record(b"3", 3)
+        assert await again.load("other") == Record(b"1", 1)
+        assert again.memory.restored.retries[-1] == ("mine", once.print, until_ms, refused)
+        await again.crash()
