@@ -57,6 +57,7 @@ class Metrics:
     writes_unknown: int = 0
     audit_refusals: int = 0
     damaged_reads: int = 0
+    values_expired: int = 0
     audit_fsyncs: int = 0
     commits: int = 0
     links: int = 0

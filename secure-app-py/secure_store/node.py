@@ -37,15 +37,13 @@ from secure_store.storage.audit_log import AuditLog, AuditUnavailable
 from secure_store.storage.keyring import Keyring, replace_master
 from secure_store.storage.reseal import Reseal
 from secure_store.storage.view import View
+from secure_store.sweeping import Sweeper
 
 log = logging.getLogger(__name__)
 
 OPEN_WAIT_S = 1.0
 MAX_SCAN = 2_000
 MAX_DATA_KEYS = 16
-SWEEP_S = 30.0
-SWEEP_AFTER_MS = 3_600_000
-SWEEP_BATCH = 100
 MAX_KNOWN = 4_096
 
 
@@ -78,7 +76,7 @@ class Node:
         self.heads = PeerHeads(config, audit, keyring)
         self._resealing = False
         self._rotating = asyncio.Lock()
-        self._sweeping: asyncio.Task[None] | None = None
+        self._sweeper: Sweeper | None = None
         self._hmac_keys = config.audit_keys == "hmac"
         self.ledger = Ledger(config.node_id, audit)
         self._known: dict[bytes, Principal] = {}  # by a token's hash; void with any change of one
@@ -93,21 +91,14 @@ class Node:
     def begin(self) -> None:
         """What goes on by itself, once the engine runs."""
         self.reseal()
-        self._sweeping = asyncio.create_task(self._sweep_tokens(), name="sweep")
-
-    async def _sweep_tokens(self) -> None:
-        """Tokens that expired an hour ago are forgotten, by the primary, for both."""
-        while True:
-            expired = self._view.head_tokens.expired(wall_ms() - SWEEP_AFTER_MS, SWEEP_BATCH)
-            if expired and self.engine.state.is_primary:
-                ops = tuple(plan.RevokeOp(accessor) for accessor in expired)
-                try:
-                    await self.engine.write(plan.Write(ops, lambda _: b""))
-                except (plan.Rejected, plan.OutcomeUnknown, plan.OpFailed) as e:
-                    log.debug("expired tokens are forgotten later: %s", e)
-                else:
-                    self.system_note("tokens_swept", f"{len(expired)} expired tokens")
-            await asyncio.sleep(SWEEP_S)
+        self._sweeper = Sweeper(
+            self._config.node_id,
+            self._view,
+            self.engine,
+            self._metrics,
+            note=self.system_note,
+            audit_key=self.audit_key,
+        )
 
     @property
     def engine(self) -> Engine:
@@ -441,9 +432,8 @@ class Node:
     async def stop(self) -> None:
         """Write down what is left, let go."""
         await self.engine.stop()
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            await asyncio.gather(self._sweeping, return_exceptions=True)
+        if self._sweeper is not None:
+            await self._sweeper.stop()
         await self.heads.stop()
         await asyncio.to_thread(self.audit.stop)
 

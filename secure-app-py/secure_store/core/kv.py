@@ -29,6 +29,10 @@ class Version(msgspec.Struct, frozen=True, array_like=True):
         expired = self.expires_ms != 0 and now_ms >= self.expires_ms
         return not (self.deleted_ms or self.destroyed or expired)
 
+    def is_due(self, now_ms: int) -> bool:
+        """Whether the value is to be destroyed because its time is over."""
+        return self.expires_ms != 0 and not self.destroyed and now_ms >= self.expires_ms
+
 
 class KeyState(msgspec.Struct, frozen=True, array_like=True):
     """The kept versions of one key, oldest first, at least one."""
@@ -41,6 +45,13 @@ class KeyState(msgspec.Struct, frozen=True, array_like=True):
 
     def find(self, number: int) -> Version | None:
         return next((v for v in self.versions if v.number == number), None)
+
+    @property
+    def due_ms(self) -> int:
+        """When the first kept value is to be destroyed; 0: none ever."""
+        return min(
+            (v.expires_ms for v in self.versions if v.expires_ms and not v.destroyed), default=0
+        )
 
     def current(self, now_ms: int) -> int:
         """The version that a read gives now; 0 if it gives none."""
@@ -111,6 +122,12 @@ def plan_destroy(state: KeyState | None, key: str, version: int | None) -> Destr
     if version is not None and found.destroyed:
         raise Missing
     return Destroy(key, found.number if version is not None else 0)
+
+
+def plan_expiry(state: KeyState | None, key: str, version: int, now_ms: int) -> Destroy | None:
+    """The change that forgets a version whose time is over; None if it is not (any more) one."""
+    found = None if state is None else state.find(version)
+    return Destroy(key, version) if found is not None and found.is_due(now_ms) else None
 
 
 def _find(state: KeyState | None, version: int | None) -> Version:

@@ -61,6 +61,14 @@ class DestroyOp:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpireOp:
+    """Destroy a version if its time is over; else nothing happens."""
+
+    key: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class RevokeOp:
     accessor: str
 
@@ -79,7 +87,7 @@ class AddOp:
     change: PutToken | PutPolicy
 
 
-Op = SetOp | DeleteOp | CheckOp | UndeleteOp | DestroyOp | RevokeOp | SpendOp | AddOp
+Op = SetOp | DeleteOp | CheckOp | UndeleteOp | DestroyOp | ExpireOp | RevokeOp | SpendOp | AddOp
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +255,8 @@ def _plan_op(
             gone = kv.plan_destroy(state, key, version)
             own[key] = kv.apply(state, gone)
             return gone, gone.version
+        case ExpireOp(key, version):
+            return kv.plan_expiry(state, key, version, now_ms), version
 
 
 def _plan_token(token: PutToken, tokens: TokenSet) -> PutToken:

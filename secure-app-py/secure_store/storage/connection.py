@@ -27,7 +27,7 @@ from secure_store.core.kv import Damaged
 from secure_store.core.records import ORIGIN, Position
 from secure_store.storage.keyring import ID_BYTES, NONCE_BYTES, Keyring
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 WAL_BYTES = 4 << 20  # what is written between two checkpoints (writer.py), and some room
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, sealed BLOB NOT NULL) WITHOUT ROWID;
@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS policies (name TEXT PRIMARY KEY, sealed BLOB NOT NULL
 CREATE TABLE IF NOT EXISTS remembered (name TEXT PRIMARY KEY, expires_ms INTEGER NOT NULL,
   sealed BLOB NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS remembered_expiry ON remembered (expires_ms);
+CREATE TABLE IF NOT EXISTS due (due_ms INTEGER, key TEXT, PRIMARY KEY (due_ms, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS staged (id INTEGER PRIMARY KEY, sealed BLOB NOT NULL);
 """
 HEAD_BYTES = ID_BYTES + NONCE_BYTES  # what a mark takes of a sealed part
@@ -88,6 +89,11 @@ def named(table: str, name: str) -> bytes:
 def expiring(name: str, expires_ms: int) -> bytes:
     """What the mark of a `remembered` row covers: also when it may be dropped."""
     return named("remembered", name) + b"\0%d" % expires_ms
+
+
+def due_name(key: str, due_ms: int) -> bytes:
+    """What the mark of a `due` row covers: all of it, there is nothing sealed."""
+    return b"due\0%d\0" % due_ms + key.encode()
 
 
 class Connection:
@@ -239,7 +245,7 @@ class Connection:
         row = self.db.execute("SELECT sealed FROM meta WHERE name = ?", (_TALLY,)).fetchone()
         if row is not None:
             return _decode_tally(self.keyring.open(meta_name(_TALLY), row[0]))
-        for table in ("meta", "log", "keys", "vals", "tokens", "policies", "remembered"):
+        for table in ("meta", "log", "keys", "vals", "tokens", "policies", "remembered", "due"):
             if self.db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone():  # noqa: S608 - constant
                 raise Damaged("the tally of the stored rows is missing")
         return None

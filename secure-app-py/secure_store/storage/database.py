@@ -20,6 +20,7 @@ from secure_store.files import sync_directory
 from secure_store.storage.connection import (
     HEAD,
     MARK_BYTES,
+    due_name,
     encode,
     expiring,
     key_name,
@@ -157,6 +158,8 @@ class Database(Fold):
         for table in ("tokens", "policies"):
             for name, head in self.db.execute(f"SELECT name, {HEAD} FROM {table}"):  # noqa: S608 - constants
                 yield named(table, name), head
+        for due_ms, key in self.db.execute("SELECT due_ms, key FROM due"):
+            yield due_name(key, due_ms), b""
         for name, expires_ms, head in self.db.execute(
             f"SELECT name, expires_ms, {HEAD} FROM remembered"  # noqa: S608 - constant
         ):

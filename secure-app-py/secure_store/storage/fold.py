@@ -31,6 +31,7 @@ from secure_store.core.tokens import TokenSet
 from secure_store.storage.connection import (
     HEAD,
     Connection,
+    due_name,
     encode,
     expiring,
     key_name,
@@ -39,7 +40,7 @@ from secure_store.storage.connection import (
 )
 
 OtherChange = PutToken | RevokeToken | UseToken | PutPolicy | Remember | Audited | Genesis
-FOLD_TABLES = ("keys", "vals", "tokens", "policies", "remembered")
+FOLD_TABLES = ("keys", "vals", "tokens", "policies", "remembered", "due")
 
 _decode_state = msgspec.msgpack.Decoder(KeyState).decode
 _decode_position = msgspec.msgpack.Decoder(Position).decode
@@ -130,6 +131,13 @@ class Fold(Connection):
         ).fetchall()
         return [(k, _decode_state(self.keyring.open(key_name(k), s))) for k, s in rows]
 
+    def due(self, now_ms: int, limit: int) -> list[str]:
+        """Up to `limit` keys with a value to destroy (see kv.KeyState.due_ms), the oldest first."""
+        rows = self.db.execute(
+            "SELECT key FROM due WHERE due_ms <= ? ORDER BY due_ms LIMIT ?", (now_ms, limit)
+        ).fetchall()
+        return [key for (key,) in rows]
+
     def remembered(self, scope_hash: bytes) -> Remembered | None:
         row = self.db.execute(
             "SELECT sealed FROM remembered WHERE name = ?", (scope_hash.hex(),)
@@ -215,6 +223,7 @@ class Fold(Connection):
         before, after = folded.before, folded.state
         if folded.row:
             self.went(key_name(key), folded.row)
+        self._put_due(key, before, after)
         if before is not None and (folded.is_gone or after is None):
             self._drop_values(key, "version >= ?", 0)
         if after is None:
@@ -230,6 +239,19 @@ class Fold(Connection):
         for version, value in folded.values.items():
             if version >= oldest:
                 self._put_value(key, version, value)
+
+    def _put_due(self, key: str, before: KeyState | None, after: KeyState | None) -> None:
+        """The index by expiry follows a key's state."""
+        was_ms = before.due_ms if before is not None else 0
+        due_ms = after.due_ms if after is not None else 0
+        if was_ms == due_ms:
+            return
+        if was_ms:
+            self.db.execute("DELETE FROM due WHERE due_ms = ? AND key = ?", (was_ms, key))
+            self.went(due_name(key, was_ms), b"")
+        if due_ms:
+            self.db.execute("INSERT INTO due VALUES (?, ?)", (due_ms, key))
+            self.came(due_name(key, due_ms), b"")
 
     def _put_key(self, key: str, state: KeyState) -> None:
         """(Whoever replaces a row has said so: `went`.)"""
@@ -297,7 +319,9 @@ class Fold(Connection):
             case "token_key":
                 self.put_meta("token_key", row.payload)
             case "keys":
-                self._put_key(row.name, _decode_state(row.payload))
+                state = _decode_state(row.payload)
+                self._put_key(row.name, state)
+                self._put_due(row.name, None, state)
             case "vals":
                 self._put_value(row.name, row.number, row.payload)
             case "tokens" | "policies":

@@ -88,6 +88,19 @@ class View:
         found = self._head.states.get(key)
         return found[0] if found is not None else self.state(key)
 
+    def due(self, now_ms: int, limit: int) -> list[tuple[str, int]]:
+        """(key, version) of values whose time is over, as far as the tables know; up to `limit`
+        keys, the oldest first."""
+        found: list[tuple[str, int]] = []
+        for key in self._database.due(now_ms, limit):
+            try:
+                state = self.head_state(key)
+            except kv.Damaged:
+                continue  # whoever reads it is told; nothing is known of its versions
+            if state is not None:
+                found += [(key, v.number) for v in state.versions if v.is_due(now_ms)]
+        return found
+
     def head_remembered(self, scope_hash: bytes) -> Remembered | None:
         return self._remembered.get(scope_hash) or self._database.remembered(scope_hash)
 

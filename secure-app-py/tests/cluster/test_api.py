@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,39 @@ async def test_a_value_with_a_ttl_goes_away_on_both_nodes(cluster: Cluster, admi
 
     await kit.eventually(gone)
     assert (await kit.get(admin, "/get?key=brief")).status == 404
+
+
+async def test_a_value_whose_time_is_over_is_destroyed_on_both_disks(
+    cluster: Cluster, admin: HttpClient
+) -> None:
+    await kit.set_value(admin, "kept", 1, ttl_ms=600_000)
+    await kit.set_value(admin, "over", "v1", ttl_ms=50)
+    await kit.set_value(admin, "over", "v2")
+
+    def stored(index: int) -> list[tuple[str, int]]:
+        path = cluster.root / "data" / f"node{'AB'[index]}" / "store.db"
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            return db.execute(
+                "SELECT key, version FROM vals WHERE key IN ('over', 'kept') ORDER BY key"
+            ).fetchall()
+
+    async def gone() -> bool:
+        return all(stored(index) == [("kept", 1), ("over", 2)] for index in (0, 1))
+
+    await kit.eventually(gone)
+    for index in (0, 1):
+        async with cluster.client(index) as client:
+            versions = (await kit.get(client, "/history?key=over")).json["versions"]
+            assert [v["destroyed"] for v in versions] == [True, False]
+            assert (await kit.get(client, "/get?key=over")).json["value"] == "v2"
+            assert (await kit.get(client, "/get?key=over&version=1")).status == 404
+            assert (await kit.get(client, "/get?key=kept")).json["value"] == 1
+    assert (await kit.get(admin, "/metrics")).json["values_expired"] >= 1
+    entries = (await kit.get(admin, "/audit?limit=1000")).json["entries"]
+    told = [e for e in entries if e["action"] == "expire" and "over" in e["key"].split()]
+    assert [(e["who"], e["outcome"], e["record"] > 0) for e in told] == [
+        ("node:nodeA", "allowed", True)
+    ]
 
 
 async def test_a_transaction_is_all_or_nothing(cluster: Cluster, admin: HttpClient) -> None:
