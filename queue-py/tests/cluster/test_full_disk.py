@@ -51,16 +51,16 @@ async def test_a_full_disk_refuses_messages_takes_acks_and_recovers(
             for n in range(200):
                 reply = await client.post("/produce", {"queue": queue, "body": f"{n}{big}"})
                 assert isinstance(reply, Reply)
-                if reply.status != 201:
+                if reply.status == 507:
                     refused = reply
                     break
-                ids.append(reply.json["id"])
+                # A busy machine may be too slow for one (503), and has room for the next.
+                assert reply.status in (201, 503), reply
+                if reply.status == 201:
+                    ids.append(reply.json["id"])
             assert refused is not None, "16 MiB cannot hold 40 MB"
-            assert refused.status in (503, 507), refused
-            again = await client.post("/produce", {"queue": queue, "body": "small"})
-            assert isinstance(again, Reply)
-            assert (again.status, again.json["error"]) == (507, "Disk full")
-            assert "retry-after" in again.headers
+            assert refused.json["error"] == "Disk full"
+            assert "retry-after" in refused.headers
             # Everything that was answered with 201 is there, and can be acked: that frees space.
             seen: set[str] = set()
             while True:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
-import msgspec
 import pytest
 import pytest_asyncio
 
-from testkit.cluster import Cluster, HttpClient, Reply
+from testkit.cluster import Cluster
 
+from .http_calls import get, post, produce, put, somebody_waits
 from .nodes import owner_of, queue_cluster, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
@@ -21,30 +20,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     async with queue_cluster(tmp_path_factory.mktemp("walkthrough")) as cluster:
         yield cluster
-
-
-async def post(client: HttpClient, path: str, body: object) -> Reply:
-    reply = await client.post(path, body)
-    assert isinstance(reply, Reply), reply
-    return reply
-
-
-async def get(client: HttpClient, path: str) -> Reply:
-    reply = await client.get(path)
-    assert isinstance(reply, Reply), reply
-    return reply
-
-
-async def put(client: HttpClient, path: str, body: object) -> Reply:
-    reply = await client.request("PUT", path, body=msgspec.json.encode(body))
-    assert isinstance(reply, Reply), reply
-    return reply
-
-
-async def produce(client: HttpClient, queue: str, body: object, **fields: Any) -> str:
-    reply = await post(client, "/produce", {"queue": queue, "body": body, **fields})
-    assert reply.status == 201, reply
-    return reply.json["id"]
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
@@ -148,12 +123,6 @@ async def test_a_long_poll_is_woken_by_produce_delay_and_lease_end(cluster: Clus
             assert second["id"] == first["id"]
             assert (await post(client, "/ack", {"message_id": second["id"]})).status == 200
         assert (await get(waiting, "/consume?queue=poll&wait_ms=50")).status == 204
-
-
-async def somebody_waits(client: HttpClient, queue: str) -> bool:
-    """Of a queue that is configured: one that nobody used yet is not listed."""
-    listed = (await get(client, "/queues")).json["queues"]
-    return any(q["queue"] == queue and q["waiting_consumers"] > 0 for q in listed)
 
 
 async def test_a_consumer_that_hung_up_has_leased_nothing(cluster: Cluster) -> None:
