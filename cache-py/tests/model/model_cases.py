@@ -120,6 +120,16 @@ LARGE: dict[str, Case] = {
 }  # fmt: skip
 
 
+def _peak_mb() -> int:
+    """The largest this process has been; 0 where that is not told (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="cases (all the small ones)")
@@ -133,7 +143,8 @@ def main(argv: list[str]) -> int:
     for name in names:
         began = time.perf_counter()
         explored = explore(cases[name], most_worlds=arguments.worlds)
-        print(f"{name}: {explored} in {time.perf_counter() - began:.1f} s", flush=True)
+        took_s = time.perf_counter() - began
+        print(f"{name}: {explored} in {took_s:.1f} s, at most {_peak_mb()} MB", flush=True)
     return 0
 
 
