@@ -19,14 +19,15 @@ from mesi_cache.api.express import Express, plain_request
 log = logging.getLogger(__name__)
 
 
-# What a client may send ahead while its request on the short way is not answered.
+# What a client may send ahead while its request on the short way is not answered, and the longest
+# request that is put together from pieces here.
 MAX_HELD_BYTES = 64 << 10
 
 
 class Connection(web.RequestHandler):
     """One connection. With `express` None, every request goes aiohttp's way."""
 
-    __slots__ = ("_at_boundary", "_express", "_held", "_under_way")
+    __slots__ = ("_at_boundary", "_begun", "_express", "_held", "_under_way")
 
     def __init__(
         self, manager: web.Server, loop: asyncio.AbstractEventLoop, express: Express | None
@@ -37,6 +38,7 @@ class Connection(web.RequestHandler):
         # The next chunk begins a request, as far as is known: aiohttp's parser holds no piece of
         # one. Once that is not certain any more, all that follows is aiohttp's.
         self._at_boundary = express is not None
+        self._begun = b""  # of a plain request: all that came, but its body goes on
         self._under_way = False  # a request on the short way is not answered
         self._held = b""  # what came while it was
 
@@ -45,7 +47,14 @@ class Connection(web.RequestHandler):
             self._hold(data)
             return
         if self._at_boundary and data and self._express is not None:
+            if self._begun:
+                data, self._begun = self._begun + data, b""
             request = plain_request(data)
+            if request is not None and request.missing_bytes:
+                if self._is_idle and len(data) + request.missing_bytes <= MAX_HELD_BYTES:
+                    self._begun = data
+                    return
+                request = None
             self._at_boundary = request is not None
             if request is not None and self._is_idle:
                 self._under_way = True
@@ -84,7 +93,7 @@ class Connection(web.RequestHandler):
         self.data_received(held)
 
     def _process_keepalive(self) -> None:
-        if self._under_way:  # not idle: it waits for its answer
+        if self._under_way or self._begun:  # not idle: it waits for its answer, or we for its end
             self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         super()._process_keepalive()
 

@@ -4,9 +4,9 @@ aiohttp costs 60 to 100 us a request, most of it for what a cache's client never
 itself takes one. So a chunk that is exactly one plain request for one of those paths is decoded and
 answered here, in the turn of the loop in which it came or in which the node knows the answer. Plain
 means what `_HEADERS` says: a few harmless headers, each spelled simply, a Content-Length that ends
-with the chunk. Everything else (other paths and headers, a key with an escape, bodies in pieces,
-pipelined requests, input that is refused) goes aiohttp's way, which alone knows HTTP. Both ways
-give the same answers: they share `answers.py`, and tests/unit/test_express_cache.py compares them.
+with the chunk (or with a later one: many clients send head and body apart). Everything else (other
+paths and headers, pipelined requests, input that is refused) goes aiohttp's way, which alone knows
+HTTP. Both ways give the same answers: they share `answers.py`, and test_express_cache.py compares.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Protocol
+from urllib.parse import unquote
 
 import msgspec
 
@@ -25,6 +26,7 @@ from mesi_cache.api.answers import answer_of
 from mesi_cache.api.errors import ApiError, next_request_id
 from mesi_cache.api.keys import Service
 from mesi_cache.api.schemas import (
+    MAX_KEY_BYTES,
     Asked,
     decode_cas,
     decode_delete,
@@ -37,7 +39,11 @@ from mesi_cache.core.step import Answer
 from mesi_cache.metrics import Metrics
 
 MAX_HEAD_BYTES = 2048
-_FIRST = re.compile(rb"(GET|POST) (/[A-Za-z0-9._~/-]*)(?:\?([A-Za-z0-9._~=-]*))? HTTP/1\.1\r\n")
+# A query's escapes are those of visible ASCII and the blank.
+_FIRST = re.compile(
+    rb"(GET|POST) (/[A-Za-z0-9._~/-]*)(?:\?((?:[A-Za-z0-9._~:/@,=-]|%[2-7][0-9A-Fa-f])*+))?"
+    rb" HTTP/1\.1\r\n"
+)
 # No Origin, Cookie, Authorization, Expect, Transfer-Encoding, Upgrade or Idempotency-Key; no
 # obs-fold, no spaces before a colon, no Accept that could ask for problem+json.
 _HEADERS = re.compile(
@@ -61,13 +67,14 @@ _CHANGES: dict[bytes, Callable[[bytes], Asked]] = {
 
 
 class Plain(msgspec.Struct, frozen=True):
-    """A chunk that is exactly one plain request."""
+    """A chunk that is exactly one plain request, or one whose body is not all there."""
 
     method: bytes
     path: bytes
     query: bytes  # empty: it has none
     request_id: bytes  # empty: it brought none
     body: bytes
+    missing_bytes: int  # of the body
 
 
 @lru_cache(maxsize=1024)  # a client's headers are the same all day long
@@ -84,7 +91,7 @@ def _headers(lines: bytes) -> tuple[bytes, int | None] | None:
 
 
 def plain_request(data: bytes) -> Plain | None:
-    """None: it is something else, or not all of it, or more."""
+    """None: it is something else, or not all of its head, or more."""
     first = _FIRST.match(data)
     if first is None:
         return None
@@ -96,9 +103,10 @@ def plain_request(data: bytes) -> Plain | None:
     request_id, length = found
     if length is None and method == b"POST":
         return None
-    if len(data) != end + (length or 0):
+    missing_bytes = end + (length or 0) - len(data)
+    if missing_bytes < 0:
         return None
-    return Plain(method, path, query or b"", request_id, data[end:])
+    return Plain(method, path, query or b"", request_id, data[end:], missing_bytes)
 
 
 class Client(Protocol):
@@ -137,7 +145,11 @@ class Express:
         if not query.startswith(_QUERY):
             return False
         key = query[len(_QUERY) :].decode()
-        if not 0 < len(key) <= 256 or "=" in key:
+        if "=" in key:
+            return False
+        if "%" in key:
+            key = unquote(key)
+        if not 0 < len(key) <= MAX_KEY_BYTES:
             return False
         found = self._service.lookup(key)
         if found is not None:

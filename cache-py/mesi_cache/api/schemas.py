@@ -12,6 +12,7 @@ from msgspec import Meta
 from mesi_cache.api.errors import ApiError
 from mesi_cache.core import records
 
+MAX_KEY_BYTES = 256
 MAX_JSON_DEPTH = 64
 MAX_BATCH = 1000
 IDEMPOTENCY_KEY = "Idempotency-Key"
@@ -21,7 +22,7 @@ NAME: dict[str, object] = {
     "description": "The same key again, at any node, within an hour: the same answer, one effect",
 }  # fmt: skip
 MAX_TTL_MS = 10 * 365 * 86_400_000
-Key = Annotated[str, Meta(min_length=1, max_length=256)]
+Key = Annotated[str, Meta(min_length=1, max_length=MAX_KEY_BYTES)]
 Version = Annotated[int, Meta(ge=0, le=1 << 62)]
 
 Asked = tuple[str, records.Operation]  # a key, and what to do with it
@@ -189,7 +190,7 @@ def idempotency_key(request: web.Request) -> str:
 
 def check_key(value: str, field: str = "key") -> str:
     """Keys are at most 256 *bytes* (msgspec counts characters) and hold no NUL."""
-    if len(value) > 64 and len(value.encode()) > 256:
+    if len(value) > 64 and len(value.encode()) > MAX_KEY_BYTES:
         raise ApiError(400, "Invalid field", field=field, detail="Expected at most 256 bytes")
     if "\x00" in value:
         raise ApiError(400, "Invalid field", field=field, detail="Expected no NUL")

@@ -34,6 +34,7 @@ class FakeNode:
 
     def __init__(self) -> None:
         self.begun: list[tuple[str, Operation | None]] = []
+        self.short: list[bool] = []  # whether it came by the short way
         self.waiting: asyncio.Queue[Listener] = asyncio.Queue()
 
     def lookup(self, key: str) -> Found | None:
@@ -41,6 +42,7 @@ class FakeNode:
 
     def begin(self, key: str, operation: Operation | None, listener: Listener) -> None:
         self.begun.append((key, operation))
+        self.short.append(not isinstance(listener, asyncio.Future))
         if key.startswith("wait"):
             self.waiting.put_nowait(listener)
             return
@@ -142,7 +144,13 @@ REQUESTS = {
     "miss": get(b"/read?key=k.1_~"),
     "absent": get(b"/read?key=absent"),
     "read 503": get(b"/read?key=gone"),
-    "escaped": get(b"/read?key=hit%20a"),
+    "punctuation": get(b"/read?key=hit:a/b@c,d"),
+    "escaped": get(b"/read?key=hit%20%3a%2F%25%26%3D%2b%3f%7F%7e"),
+    "escaped twice": get(b"/read?key=hit%2541"),
+    "umlaut": get(b"/read?key=hit%C3%A4"),
+    "escaped control": get(b"/read?key=hit%0a"),
+    "broken escape": get(b"/read?key=hit%4"),
+    "longest key": get(b"/read?key=hit" + b"k" * 252 + b"%20"),
     "plus": get(b"/read?key=hit+a"),
     "no key": get(b"/read"),
     "empty key": get(b"/read?key="),
@@ -169,8 +177,8 @@ REQUESTS = {
     "foreign page": post(b"/write", b'{"key":"a","value":1}', HEAD + b"Origin: http://evil\r\n"),
 }
 SHORT = {
-    "hit", "miss", "absent", "read 503", "write", "write 503", "cas", "cas 409", "delete", "incr",
-    "incr 409",
+    "hit", "punctuation", "escaped", "escaped twice", "longest key", "miss", "absent", "read 503",
+    "write", "write 503", "cas", "cas 409", "delete", "incr", "incr 409",
 }  # fmt: skip
 
 
@@ -246,6 +254,38 @@ async def test_a_client_that_hangs_up_is_told_nothing_and_nothing_breaks(tmp_pat
     assert listener.done()
 
 
+async def test_a_body_that_comes_after_its_head_is_waited_for(tmp_path: Path) -> None:
+    """Python's http.client and all that is built on it send them apart."""
+    request = post(b"/write", b'{"key":"a","value":"in pieces"}')
+    nodes = FakeNode(), FakeNode()
+    async with (
+        listening(nodes[0], tmp_path / "0", short=True) as short,
+        listening(nodes[1], tmp_path / "1", short=False) as long,
+    ):
+        for cut in (len(request) - 31, len(request) - 1):
+            answers = []
+            for address in (short, long):
+                async with connected(address) as wire:
+                    first, headers, body = await wire.ask(request[:cut], request[cut:])
+                    del headers[b"date"]
+                    again = await wire.ask(get(b"/read?key=hit"))
+                    answers.append((first, headers, body, again[2]))
+            assert answers[0] == answers[1]
+    assert nodes[0].begun == nodes[1].begun
+    assert (nodes[0].short, nodes[1].short) == ([True, True], [False, False])
+
+
+async def test_a_body_too_long_to_be_held_goes_to_aiohttp(tmp_path: Path) -> None:
+    value = b'"%s"' % (b"x" * connection.MAX_HELD_BYTES)
+    request = post(b"/write", b'{"key":"a","value":%s}' % value)
+    node = FakeNode()
+    async with serving(node, tmp_path) as wire:
+        answer = await wire.ask(request[:300], request[300:70_000], request[70_000:])
+    assert answer[0] == b"HTTP/1.1 200 OK"
+    assert node.begun == [("a", Write(value))]
+    assert node.short == [False]
+
+
 async def test_a_request_in_pieces_never_begins_in_the_middle(tmp_path: Path) -> None:
     """A piece that looks like a request of its own is still a piece."""
     inner = post(b"/write", b'{"key":"smuggled","value":1}')
@@ -261,7 +301,6 @@ async def test_a_request_in_pieces_never_begins_in_the_middle(tmp_path: Path) ->
     "data",
     [
         b"",
-        post(b"/write", b"{}")[:-1],
         post(b"/write", b"{}") + b"x",
         post(b"/write", b"{}") * 2,
         post(b"/write", b"{}", HEAD + b"Content-Length: 2\r\n"),
@@ -277,7 +316,9 @@ async def test_a_request_in_pieces_never_begins_in_the_middle(tmp_path: Path) ->
         post(b"/write", b"{}", b"Host: x\nOrigin: y\r\n"),
         post(b"/write", b"{}").replace(b"1.1", b"1.0"),
         b"POST /write HTTP/1.1\r\nHost: x\r\n\r\n",
-        get(b"/read?key=%61"),
+        get(b"/read?key=%c3%a4"),
+        get(b"/read?key=%0a"),
+        get(b"/read?key=%6"),
         get(b"/read?key=a&key=b"),
         get(b"/read?key=a#b"),
         get(b"/read?key=a?b"),
