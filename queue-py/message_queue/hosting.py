@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol, assert_never
@@ -120,8 +121,8 @@ class Host:
     ) -> None:
         self.owner = owner
         self.partition = owner.partition
-        self.flying = 0
-        """Batches proposed and not yet committed."""
+        self.batches: deque[int] = deque()
+        """The last seq of each batch that is proposed and not yet committed."""
         self.flushing = False
         """Stands in the node's list of those who propose next."""
         self.gathering = Gathering()
@@ -336,9 +337,9 @@ class Host:
             # Stored, but handed over meanwhile (or about to be): the successor delivers it.
             owner.delivery.paused = True
             self.around.time_matters(self)
-        self.flying = 0
+        while self.batches and self.batches[0] <= upto:
+            self.batches.popleft()
         owner.committed(upto, now_ms)
-        self.flying = owner.in_flight
         self.after()
 
     def tick(self, loop_s: float, now_ms: int) -> float | None:

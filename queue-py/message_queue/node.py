@@ -6,8 +6,8 @@ clients ─▶ hosts ──▶ drafts ───┘     2 links.send       (in pa
                                      3 lost, gained, committed ──▶ hosts ──▶ answers
 ```
 
-Each partition that this node owns has a `Host`. What clients ask gathers there while the batch
-before it is on its way, and leaves together: no timer, one batch in flight for each partition.
+Each partition that this node owns has a `Host`. What clients ask gathers there while the batches
+before it are on their way, and leaves together, without a timer (`proposing`, `gathering`).
 """
 
 from __future__ import annotations
@@ -189,6 +189,9 @@ class Node:
     def apply(self, fx: Effects) -> None:
         """Do what a step asks, in the order that `Effects` prescribes."""
         self._serves.clear()
+        if fx.jumped_ms:
+            for host in self.hosts.values():
+                host.owner.postpone(fx.jumped_ms)
         if fx.batch:
             self._stirred = True
             self.store.persist(fx.batch, fx.persist)

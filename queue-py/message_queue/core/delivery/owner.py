@@ -321,6 +321,11 @@ class PartitionOwner:
             self.delivery.exhaust(dot, attempts)
 
     @property
+    def assigned(self) -> int:
+        """The last seq that a batch was given."""
+        return self._assigned
+
+    @property
     def last_dot(self) -> int:
         """No message that is stored here has a higher dot."""
         return pack_dot(self.epoch, self._assigned)
@@ -356,6 +361,10 @@ class PartitionOwner:
     def collect(self, now_ms: int) -> None:
         """Take over what the delivery machine decided; call after using `delivery` directly."""
         self._events(now_ms)
+
+    def postpone(self, by_ms: int) -> None:
+        """Cluster time jumped ahead by so much: leases end as much later."""
+        self.delivery.postpone(by_ms)
 
     def leases(self) -> bytes | None:
         """The leases as a successor should know them; None if nothing changed since last asked."""
