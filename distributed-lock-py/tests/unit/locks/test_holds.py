@@ -209,3 +209,31 @@ def test_a_restored_machine_goes_on_with_tokens_queues_leases_and_retries(locks:
 def test_damaged_snapshots_are_refused(data: bytes) -> None:
     with pytest.raises(snapshot.SnapshotError):
         snapshot.restore(data)
+
+
+@pytest.mark.parametrize("then", ["nothing", "renew again", "shorter", "release", "expire"])
+def test_a_snapshot_that_is_being_written_has_leases_as_they_were_before_renewals(
+    locks: Driver, then: str
+) -> None:
+    for name in ("a", "b", "c:s", "d:2/3"):
+        locks.token("ann", name, ttl=3_000)
+    locks.token("bob", "e", ttl=9_000)
+    expected = snapshot.encode(locks.machine)
+    writer = snapshot.SnapshotWriter(locks.machine)
+    locks.pass_ms(1_000)
+    assert locks.keepalive("ann").locks == 4
+    match then:
+        case "renew again":
+            locks.pass_ms(500)
+            assert locks.keepalive("ann").locks == 4
+        case "shorter":
+            assert locks.keepalive("ann", ttl=700).locks == 4
+        case "release":
+            assert isinstance(locks.release("ann", "b"), Released)
+            locks.token("bob", "b", ttl=100)
+        case "expire":
+            locks.pass_ms(5_000)
+    while writer.step():
+        pass
+    assert writer.data() == expected
+    assert locks.machine.table.before_renewal is None

@@ -439,12 +439,8 @@ class LockMachine:
         client = self.table.clients.get(command.client_id)
         if client is None:
             return Renewed(0)
-        renewed = 0
         # A lease that ended is gone already: time moved before this command (guarantee 8).
-        for hold in client.each_hold():
-            if hold.ttl_ms:
-                self.table.renew(hold, command.ttl_ms)
-                renewed += 1
+        renewed = self.table.renew_all(client, command.ttl_ms)
         return Renewed(renewed, tuple(client.lost or ()))
 
     def _cancel(self, command: Cancel) -> Reply:

@@ -13,7 +13,7 @@ tickets by their last sign of life.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -126,18 +126,28 @@ class SnapshotWriter:
             [row for row in machine.lost if _still_lost(machine, row)],
         )
         self._at = 0
+        # Leases as they were before their first renewal: a client may renew masses of them at once,
+        # and encoding all of their locks then would take most of a second.
+        self._leases: dict[Hold, tuple[int, int]] = {}
         table.before_change = self._preserve
+        table.before_renewal = self._preserve_lease
 
     def _preserve(self, lock: Lock) -> None:
         if lock not in self._before:
-            self._before[lock] = _lock_row(lock)
+            self._before[lock] = _lock_row(lock, self._leases)
+
+    def _preserve_lease(self, hold: Hold) -> None:
+        if hold not in self._leases:
+            self._leases[hold] = (hold.ttl_ms, hold.expires_ms)
 
     def step(self) -> bool:
         """Encode some rows; False when there are no more."""
         at, self._at = self._at, self._at + STEP_ROWS
         if at < len(self._locks):
-            before = self._before
-            rows = [before.get(lock) or _lock_row(lock) for lock in self._locks[at : self._at]]
+            before, leases = self._before, self._leases
+            rows = [
+                before.get(lock) or _lock_row(lock, leases) for lock in self._locks[at : self._at]
+            ]
             self._lock_chunks.append(_encoder.encode(rows))
             return True
         at -= -(-len(self._locks) // STEP_ROWS) * STEP_ROWS
@@ -153,7 +163,8 @@ class SnapshotWriter:
 
     def close(self) -> None:
         """Stop watching the machine (also to give up)."""
-        self._machine.table.before_change = None
+        table = self._machine.table
+        table.before_change = table.before_renewal = None
 
     def data(self) -> bytes:
         """The snapshot, after the last step."""
@@ -215,8 +226,13 @@ class SnapshotReader:
                 w.waiter_id, w.client_id, w.asks, w.since_ms, w.ttl_ms, dict.fromkeys(w.tickets)
             )
         for chunk in rows.locks:
-            for row in _lock_rows.decode(chunk):
-                _rebuild_lock(machine, row)
+            rebuilt = [_rebuild_lock(machine, row) for row in _lock_rows.decode(chunk)]
+            yield True
+            # In a step of their own: if one client holds everything, its index outgrows its room
+            # with the same row as that of the locks, and to move either takes 25 ms at a million.
+            for lock in rebuilt:
+                for hold in lock.each_hold():
+                    table.clients[hold.client_id].add(hold)
             yield True
         for waiter in table.waiters.values():
             client = table.client(waiter.client_id)
@@ -260,10 +276,17 @@ def scrap(machine: LockMachine) -> Iterator[None]:
         yield
 
 
-def _lock_row(lock: Lock) -> _LockRow:
+def _lock_row(lock: Lock, leases: Mapping[Hold, tuple[int, int]]) -> _LockRow:
+    """`leases`: those that were renewed meanwhile, as (ttl_ms, expires_ms) before that."""
     holds = [
         _HoldRow(
-            h.client_id, h.weight, h.token, h.origin, h.ttl_ms, h.expires_ms, h.told, h.reap_ms
+            h.client_id,
+            h.weight,
+            h.token,
+            h.origin,
+            *(leases.get(h) or (h.ttl_ms, h.expires_ms)),
+            h.told,
+            h.reap_ms,
         )
         for h in lock.each_hold()
     ]
@@ -277,7 +300,8 @@ def _still_lost(machine: LockMachine, row: tuple[int, str, str]) -> bool:
     return client is not None and (client.lost or {}).get(lock_name) == until
 
 
-def _rebuild_lock(machine: LockMachine, row: _LockRow) -> None:
+def _rebuild_lock(machine: LockMachine, row: _LockRow) -> Lock:
+    """All of a lock, but for its holds' places in their clients' indices."""
     table = machine.table
     lock = table.locks[row.name] = Lock(row.name, row.limit, free_from_ms=row.free_from_ms)
     for h in row.holds:
@@ -294,7 +318,6 @@ def _rebuild_lock(machine: LockMachine, row: _LockRow) -> None:
             h.reap_ms,
         )
         lock.add(hold)
-        client.add(hold)
         if hold.expires_ms or hold.reap_ms:
             table.schedule(hold)
     lock.conversions = _rebuild_places(machine, lock, row.conversions)
@@ -302,6 +325,7 @@ def _rebuild_lock(machine: LockMachine, row: _LockRow) -> None:
     if lock.free_from_ms:
         lock.due_ms = lock.free_from_ms
         table.delays.watch(lock)
+    return lock
 
 
 def _rebuild_places(

@@ -31,6 +31,8 @@ class LockTable:
         self.delays: Timers[Lock] = Timers()
         # Told of each lock before it or a hold on it changes (a snapshot that is being written).
         self.before_change: Callable[[Lock], None] | None = None
+        # If all that happens is that its lease is renewed: told of the hold instead.
+        self.before_renewal: Callable[[Hold], None] | None = None
         self._dirty: deque[str] = deque()
 
     # ------------------------------------------------------------------------------- looking up
@@ -229,11 +231,27 @@ class LockTable:
         """Whether its time has passed, though nobody came to end it yet."""
         return 0 < hold.due_ms <= self.now_ms
 
-    def renew(self, hold: Hold, ttl_ms: int) -> None:
-        self._touch(self.locks[hold.lock_name])
-        hold.ttl_ms = ttl_ms or hold.ttl_ms
-        hold.expires_ms = self.now_ms + hold.ttl_ms
-        self.schedule(hold)
+    def renew_all(self, client: Client, ttl_ms: int) -> int:
+        """Count the client's leases anew, each by its own length if `ttl_ms` is 0; how many.
+
+        All of them in one step, however many: so nothing is called for a hold unless it must be.
+        """
+        now_ms, before_renewal = self.now_ms, self.before_renewal
+        renewed = 0
+        for hold in client.each_hold():
+            if not hold.ttl_ms:
+                continue
+            renewed += 1
+            if before_renewal is not None:
+                before_renewal(hold)
+            if ttl_ms:
+                hold.ttl_ms = ttl_ms
+            hold.expires_ms = expires = now_ms + hold.ttl_ms
+            if hold.reap_ms or not hold.timer_ms or expires < hold.timer_ms:
+                self.schedule(hold)
+            else:  # its entry in the heap comes up too soon, and is put back then
+                hold.due_ms = expires
+        return renewed
 
     def schedule(self, hold: Hold) -> None:
         expires, reap = hold.expires_ms, hold.reap_ms
