@@ -88,6 +88,10 @@ class DeliveryNode(SimNode):
                 del self.polls[key]
                 reply.resolve(("moved", None))
 
+    def jumped(self, by_ms: int) -> None:
+        for owner in self.owners.values():
+            owner.postpone(by_ms)
+
     def cluster_ms(self) -> int:
         assert self.core is not None
         return self.core.cluster_ms(self.host.now_ms())

@@ -14,9 +14,20 @@ from msgspec import Struct
 
 from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.model import Entry
+from message_queue.core.delivery.timers import Timers
 
 MAX_LEASES = 20_000
 """What is beyond is redelivered early after a failover; it would cost more to tell than to do."""
+
+
+def postpone(delivered: Iterable[Entry], timers: Timers, by_ms: int) -> None:
+    """Cluster time jumped ahead of this owner's own: the leases that it granted end as much later,
+    for no consumer's time has gone by. O(deliveries), and jumps are rare."""
+    for entry in delivered:
+        if entry.state is State.LEASED or entry.state is State.SETTLING:
+            entry.leased_ms += by_ms
+            entry.due_ms += by_ms
+            timers.add(entry.due_ms, entry.dot)
 
 
 class Lease(Struct, frozen=True, array_like=True):

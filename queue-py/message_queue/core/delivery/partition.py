@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from message_queue.core.delivery.backlog import Purged, Shelf
-from message_queue.core.delivery.leases import Lease
+from message_queue.core.delivery.leases import Lease, postpone
 from message_queue.core.delivery.lifecycle import ALLOWED, State
 from message_queue.core.delivery.model import (
     MAX_LEASE_MS,
@@ -385,6 +385,11 @@ class PartitionDelivery(Stock):
                         self._end(queue, entry, Ended.EXPIRED)
                 case _:
                     pass  # LEASED: its consumer may finish; SETTLING: already leaving.
+
+    def postpone(self, by_ms: int) -> None:
+        """See `leases.postpone`."""
+        postpone(self.delivered.values(), self._timers, by_ms)
+        self.deliveries_changed += 1
 
     def drain(self) -> tuple[list[Grant], list[Ending]]:
         """What was decided since the last call: messages for waiters, and ends to make durable."""

@@ -9,17 +9,20 @@ last value is kept in the log. Wall clocks matter once, at the birth of a cluste
 from __future__ import annotations
 
 GAP_MS = 500
+JUMP_MS = 20
+"""Jumps are told from here on: corrections of a few milliseconds matter to nobody."""
 
 
 class ClusterClock:
     """Invariant: ``ms`` never falls."""
 
-    __slots__ = ("_last_ms", "ms")
+    __slots__ = ("_jumped_ms", "_last_ms", "ms")
 
     def __init__(self, restored_ms: int, now_ms: int) -> None:
         self.ms = restored_ms
         """0 while unknown: a node without a past keeps silent about time until it hears of it."""
         self._last_ms = now_ms
+        self._jumped_ms = 0
 
     def advance(self, now_ms: int) -> None:
         """Monotonic time went on."""
@@ -28,5 +31,17 @@ class ClusterClock:
         self._last_ms = max(self._last_ms, now_ms)
 
     def hear(self, cluster_ms: int) -> None:
-        """A peer's cluster time, or a stored one."""
-        self.ms = max(self.ms, cluster_ms)
+        """A peer's cluster time, or a stored one. `advance` first: what is compared must be of the
+        same moment, or the clocks of a cluster push each other on."""
+        if cluster_ms > self.ms:
+            if self.ms:
+                self._jumped_ms += cluster_ms - self.ms
+            self.ms = cluster_ms
+
+    def take_jump(self) -> int:
+        """By how much it jumped ahead of this node's own time since the last call; 0 while that is
+        next to nothing."""
+        if self._jumped_ms < JUMP_MS:
+            return 0
+        jumped_ms, self._jumped_ms = self._jumped_ms, 0
+        return jumped_ms

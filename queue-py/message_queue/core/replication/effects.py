@@ -78,6 +78,7 @@ class Note(Struct, frozen=True):
 class Effects(Struct):
     """One step's consequences. See the module's docstring for what must precede what."""
 
+    jumped_ms: int = 0  # cluster time jumped ahead: leases granted here go on for as long as ever
     batch: int = 0  # > 0 when ``persist`` is not empty: the number to report to ``durable``
     persist: list[LogRecord] = field(default_factory=list)
     send: list[tuple[int, PeerMessage]] = field(default_factory=list)

@@ -171,7 +171,6 @@ class Replicator(Replication):
 
     def tick(self, now_ms: int) -> Effects:
         fx = self._begin(now_ms)
-        self._clock.advance(now_ms)
         self._heartbeats.tick(now_ms)
         self._offices.tick(now_ms)
         self._moves.tick(self._heartbeats.routes, now_ms)
@@ -299,6 +298,7 @@ class Replicator(Replication):
 
     def _begin(self, now_ms: int) -> Effects:
         self._now_ms = self._desk.now_ms = max(now_ms, self._now_ms)
+        self._clock.advance(self._now_ms)
         return self._desk.begin()
 
     def _end(self, fx: Effects, now_ms: int) -> Effects:
@@ -306,6 +306,7 @@ class Replicator(Replication):
             self._release(0, now_ms)
         if fx.committed or fx.gained or fx.lost:
             self._governor.after(fx)
+        fx.jumped_ms = self._clock.take_jump()
         return fx
 
     def _release(self, batch: int, now_ms: int) -> None:
