@@ -2,7 +2,8 @@
 
     python bench/run.py                 the table (about two minutes and a half)
     python bench/run.py --quick         one short round of it
-    python bench/run.py --parts         what audit, encryption, authorisation, replication cost
+    python bench/run.py --parts         what audit, encryption, replication … cost, each apart,
+                                        and what express, gathering and loop commits save
 
 Every contender is measured in turn, in each of several rounds; the table shows the medians. `cpu`
 is the processor time of all of a contender's processes per operation, which a busy machine distorts
@@ -51,7 +52,10 @@ WORK: dict[str, Work] = {
     "get, 1 client": gets(1),
     "new TLS connection, 8 clients": handshakes(8),
 }
-PARTS = ("", "audit", "encryption", "authorisation", "cache", "replication")
+PARTS = (
+    "", "audit", "encryption", "authorisation", "tally", "cache", "replication",
+    "express", "gathering", "loop",
+)  # fmt: skip
 
 
 def measure(work: Work, contender: Contender, seconds: float) -> Sample | None:

@@ -44,6 +44,7 @@ from secure_store.core.messages import (
 )
 from secure_store.core.pair import BATCH_BYTES, BATCH_RECORDS, PairState
 from secure_store.core.records import Position, Record
+from secure_store.gathering import Gathering
 from secure_store.storage.database import Database
 from secure_store.storage.fold import Decided
 from secure_store.storage.view import View
@@ -110,6 +111,7 @@ class Engine:
         self._viewed_seq = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
+        self._gathering = Gathering(self._loop, lambda: len(self._arriving), self._arrive)
         self.last_head_s = 0.0
 
     def start(self, writer: Writer, links: Links, recovered: Iterable[Record], fx: Effects) -> None:
@@ -132,8 +134,8 @@ class Engine:
         """Decide one write. Raises plan's errors: Rejected, OutcomeUnknown, OpFailed, KeyReused,
         Full."""
         request, future = self.waiting.write(write)
-        if not self._arriving:  # those of one turn of the loop are planned and appended together
-            self._loop.call_soon(self._arrive)
+        if not self._arriving:  # those that gather are planned and appended together
+            self._gathering.begin()
         self._arriving.append(request)
         return await future
 

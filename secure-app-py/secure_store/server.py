@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import secrets
 import signal
@@ -23,6 +24,7 @@ from secure_store import logs
 from secure_store.api import app as application
 from secure_store.api import connection
 from secure_store.api.events import EventHub
+from secure_store.api.express import Express
 from secure_store.api.openapi import Route
 from secure_store.api.watch import WatchHub
 from secure_store.config import Address, Config, ConfigError
@@ -201,6 +203,7 @@ async def serve(
     peer = Route("GET", PEER_PATH, links.accept, "", is_public=True, action="peer/stream")
     app = application.build(node, config, metrics, events, watches, [peer], links.hang_up)
     # handler_cancellation: a handler whose client hung up is cancelled.
+    express = Express(node, metrics, action="get")
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
     )
@@ -212,7 +215,11 @@ async def serve(
         announce(config, node, audit, made_cert=made_cert, lost_lines=lost)
         engine.start(writer, links, recovered, fx)
         node.begin()
-        stop_listening = await listen(listening, connection.factory(runner), tls.server)
+        stop_listening = await listen(
+            listening, connection.factory(runner, express.get), tls.server
+        )
+        gc.freeze()  # what is there now stays, and need not be looked through again and again
+        gc.set_threshold(50_000, 20, 20)
         log.info("listening on https://%s", config.addr)
         await stop.wait()
         log.info("stopping")

@@ -72,6 +72,10 @@ def request_id_of(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id")
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given
+    return new_request_id()
+
+
+def new_request_id() -> str:
     return f"{_PREFIX}-{next(_numbers):x}"
 
 

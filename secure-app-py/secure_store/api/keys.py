@@ -63,6 +63,8 @@ class Audit(Protocol):
 
     def refuse(self) -> None: ...
 
+    def note_read(self, action: str, addr: str, request_id: str, who: str, key: str) -> None: ...
+
     def note(
         self,
         action: str,

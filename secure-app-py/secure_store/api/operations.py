@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,6 +11,7 @@ from aiohttp import web
 
 from secure_store.api import access
 from secure_store.api.errors import SAFE_HEADERS, ApiError, json_response
+from secure_store.api.express import PLAIN_GET
 from secure_store.api.keys import (
     AUDITED,
     AUDITED_KEY,
@@ -21,7 +21,7 @@ from secure_store.api.keys import (
     WATCHES,
     Service,
 )
-from secure_store.api.reply import Reply
+from secure_store.api.reply import DEGRADED, Reply
 from secure_store.api.schemas import (
     DeleteBody,
     GetQuery,
@@ -57,8 +57,6 @@ _delete = msgspec.json.Decoder(DeleteBody)
 _version = msgspec.json.Decoder(VersionBody)
 _txn = msgspec.json.Decoder(TxnBody)
 _encode = msgspec.json.Encoder().encode
-_PLAIN_GET = re.compile(r"/get\?key=([A-Za-z0-9/._~:@-]{1,256})")
-DEGRADED = b"X-Replication: degraded\r\n"
 
 
 def _reading(request: web.Request) -> dict[str, str]:
@@ -70,7 +68,7 @@ def not_found() -> ApiError:
 
 
 async def get(request: web.Request) -> web.StreamResponse:
-    asked = _PLAIN_GET.fullmatch(request.raw_path)
+    asked = PLAIN_GET.fullmatch(request.raw_path)
     if asked is not None and ".." not in asked[1]:  # the usual case: nothing to decode or refuse
         key, wanted = asked[1], None
     else:

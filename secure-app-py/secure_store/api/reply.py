@@ -17,6 +17,7 @@ from secure_store.api.errors import REQUEST_ID, SAFE_HEADERS
 
 _SAFE = "".join(f"{name}: {value}\r\n" for name, value in SAFE_HEADERS.items()).encode()
 _date = (-1, b"")
+DEGRADED = b"X-Replication: degraded\r\n"
 
 
 def _dated() -> bytes:
@@ -29,9 +30,21 @@ def _dated() -> bytes:
     return _date[1]
 
 
+def head(request_id: str, length: int, version: int, more: bytes) -> bytes:
+    """The head of a 200 with `length` bytes of JSON. `version`: of the key, for `ETag` (0: none);
+    `more`: headers as they stand on the wire, each with its line end."""
+    if version:
+        more += b'ETag: "%d"\r\n' % version
+    return b"HTTP/1.1 200 OK\r\n%s%sX-Request-Id: %s\r\nContent-Length: %d\r\n\r\n" % (
+        _dated(),
+        more,
+        request_id.encode(),
+        length,
+    )
+
+
 class Reply(web.StreamResponse):
-    """200 with a JSON body. `version`: of the key, for `ETag` (0: none); `more`: headers as they
-    stand on the wire, each with its line end."""
+    """200 with a JSON body; see `head`."""
 
     def __init__(self, body: bytes, *, version: int = 0, more: bytes = b"") -> None:
         # Not the base class's: a dictionary of headers is what this does without.
@@ -58,18 +71,11 @@ class Reply(web.StreamResponse):
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         self._alive = request.keep_alive
         more = self._more
-        if self._version:
-            more += b'ETag: "%d"\r\n' % self._version
         if not self._alive:
             more += b"Connection: close\r\n"
         elif request.version < HttpVersion11:
             more += b"Connection: keep-alive\r\n"
-        self._head = b"HTTP/1.1 200 OK\r\n%s%sX-Request-Id: %s\r\nContent-Length: %d\r\n\r\n" % (
-            _dated(),
-            more,
-            request[REQUEST_ID].encode(),
-            len(self._text),
-        )
+        self._head = head(request[REQUEST_ID], len(self._text), self._version, more)
         self._writer = request.writer
         return self._writer
 

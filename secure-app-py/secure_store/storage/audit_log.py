@@ -19,12 +19,10 @@ line.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from enum import IntEnum
 from itertools import islice
 from pathlib import Path
 
@@ -39,164 +37,18 @@ from secure_store.storage.audit_files import (
     read_end,
     set_torn_aside,
 )
+from secure_store.storage.audit_worker import End, Haste, Worker
 from secure_store.storage.keyring import Keyring
 
-GATHER_S = 0.1
-RETRY_S = 0.2
 WATCH_S = 0.1
 MAX_WAITING = 50_000
 MAX_BACKLOG_BYTES = 16 << 20
 HUNG_AFTER = 7  # looks without any progress
 COPY_LINES = 10_000
-PATIENCE_S = 0.005  # a write that took the loop longer was the last for a while
-THREAD_DOES = 100
 
 
 class AuditUnavailable(Exception):
     """No sink can be written: the request must be refused."""
-
-
-class Haste(IntEnum):
-    """How soon a line is wanted on the disk."""
-
-    GATHERED = 0
-    WRITTEN = 1
-    SYNCED = 2
-
-
-End = tuple[int, bytes]  # (seq, mac) of a line
-
-
-class _Worker:
-    """The thread of one sink. `on_progress(worker)` is called on it after each step."""
-
-    def __init__(self, sink: Sink, end: End, on_progress: Callable[[_Worker], None]) -> None:
-        self.sink = sink
-        self.written: End = end  # one object, one store: read by the loop as it is
-        self.durable: End = end
-        self.failure: str | None = None
-        self.given_up = False
-        self.fsyncs = 0
-        self._on_progress = on_progress
-        self._lock = threading.Condition()
-        self._lines: list[bytes] = []
-        self._bytes = 0
-        self._last = end
-        self._haste = Haste.GATHERED
-        self._due: float | None = None  # monotonic: by then what was put is to be durable
-        self._stopping = False
-        self._slow_for = 0  # writes that the thread shall do
-        self.thread = threading.Thread(target=self._run, name="audit", daemon=True)
-
-    def put(self, line: bytes, end: End, haste: Haste) -> None:
-        """(Event loop.) Queue one line."""
-        with self._lock:
-            self._lines.append(line)
-            self._bytes += len(line)
-            self._last = end
-            if self._due is None:
-                self._due = time.monotonic() + GATHER_S
-                self._lock.notify()
-            if haste > self._haste:
-                self._haste = haste
-                self._lock.notify()
-
-    def write_now(self) -> bool:
-        """(Event loop.) Hand everything that was put to the operating system; False if that is the
-        thread's to do."""
-        if self.given_up or self._slow_for or not self.sink.mutex.acquire(blocking=False):
-            self._slow_for = max(0, self._slow_for - 1)
-            return False
-        try:
-            if not self.sink.takes_now(self._bytes):
-                return False
-            data, last = self._all()
-            began = time.monotonic()
-            if not self.sink.append(data):
-                return False  # the thread tries again, and reports
-            self.written = last
-            if time.monotonic() - began > PATIENCE_S:
-                self._slow_for = THREAD_DOES
-        finally:
-            self.sink.mutex.release()
-        return True
-
-    def hurry(self, haste: Haste) -> None:
-        """(Event loop.) What was put is wanted so soon."""
-        with self._lock:
-            if haste > self._haste:
-                self._haste = haste
-                self._lock.notify()
-
-    def _all(self) -> tuple[bytes, End]:
-        with self._lock:
-            lines, self._lines, self._bytes = self._lines, [], 0
-            return b"".join(lines), self._last
-
-    @property
-    def backlog_bytes(self) -> int:
-        return self._bytes + self.sink.backlog_bytes
-
-    def give_up(self) -> None:
-        """(Event loop.) Too far behind: this sink is made whole at the next start."""
-        with self._lock:
-            self.given_up = True
-            self._lines.clear()
-            self._lock.notify()
-
-    def stop(self) -> None:
-        with self._lock:
-            self._stopping = True
-            self._lock.notify()
-
-    def _run(self) -> None:
-        while (sync := self._next()) is not None:
-            with self.sink.mutex:  # nobody comes between taking lines and writing them
-                data, last = self._all()
-                done = self.sink.append(data)
-                if done:
-                    self.written = last
-            if done:
-                if not sync:
-                    self._report(None)
-                    continue
-                done = self.sink.sync()
-                self.fsyncs += 1
-            if done:
-                self.durable = last
-                self._settled()
-                self._report(None)
-                continue
-            self._report(self.sink.failure)
-            if self._stopping:
-                return
-            time.sleep(RETRY_S)
-            with self._lock:
-                self._haste = Haste.SYNCED  # try again, with what has come meanwhile
-
-    def _next(self) -> bool | None:
-        """Wait for work: whether to fsync. None: the end."""
-        with self._lock:
-            while not (self._stopping or self.given_up or self._haste):
-                left_s = None if self._due is None else self._due - time.monotonic()
-                if left_s is not None and left_s <= 0:
-                    break
-                self._lock.wait(left_s)
-            if self.given_up or (self._stopping and self._due is None):
-                return None
-            overdue = self._due is not None and self._due <= time.monotonic()
-            sync = self._haste is Haste.SYNCED or overdue or self._stopping
-            self._haste = Haste.GATHERED
-            return sync
-
-    def _settled(self) -> None:
-        with self._lock:
-            behind = self._last != self.durable
-            self._due = time.monotonic() + GATHER_S if behind else None
-
-    def _report(self, failure: str | None) -> None:
-        self.failure = failure
-        self._on_progress(self)
 
 
 class AuditLog:
@@ -223,8 +75,9 @@ class AuditLog:
         sinks = [Sink(path) for path in paths]
         self._last = self._end = self._recover(sinks)
         self._written_seq = self._end[0]
-        self._workers = [_Worker(sink, self._end, self._on_progress) for sink in sinks]
+        self._workers = [Worker(sink, self._end, self._on_progress) for sink in sinks]
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._reads: list[tuple[str, str, str, str, str, int]] = []  # came, not chained yet
         self._for_disk: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._for_file: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._stalled = 0  # looks, WATCH_S apart, at lines that wait and do not move
@@ -268,6 +121,8 @@ class AuditLog:
     @property
     def noted_seq(self) -> int:
         """The last entry, durable or not."""
+        if self._reads:
+            self._chain_reads()
         return self._last[0]
 
     @property
@@ -276,6 +131,7 @@ class AuditLog:
 
     def stop(self) -> None:
         """Write what is waiting, then end the threads. (Not on the event loop: it waits.)"""
+        self._chain_reads()
         for worker in self._workers:
             worker.stop()
         until = time.monotonic() + 2.0
@@ -314,6 +170,8 @@ class AuditLog:
     ) -> asyncio.Future[None] | None:
         """Add one line; an urgent one gives a future that is done when it is durable. (Behind those
         of records comes `write_out`.)"""
+        if self._reads:
+            self._chain_reads()  # they came before
         seq = self._last[0] + 1
         entry = Entry(
             action=action,
@@ -331,12 +189,42 @@ class AuditLog:
         )
         line, mac = self._chainer.line(self._last[1], entry)
         self._last = end = (seq, mac)
-        if self._watching is None and self._loop is not None:
-            self._watching = self._loop.call_later(WATCH_S, self._watch)
+        self._look_after()
         haste = Haste.SYNCED if urgent else Haste.GATHERED
         for worker in self._workers:
             worker.put(line, end, haste)
         return self._wait(self._for_disk, seq) if urgent else None
+
+    def note_read(self, action: str, addr: str, request_id: str, who: str, key: str) -> None:
+        """Add the line of a read that was allowed. Lines of one turn of the loop are chained
+        together at its end, in the order in which they came, before any other line."""
+        if not self._reads and self._loop is not None:
+            self._loop.call_soon(self._chain_reads)
+        self._reads.append((action, addr, request_id, who, key, time.time_ns() // 1_000_000))
+
+    def _chain_reads(self) -> None:
+        reads, self._reads = self._reads, []
+        if not reads:
+            return
+        seq, mac = self._last
+        chain, node = self._chainer.line, self._node_id
+        lines: list[bytes] = []
+        for action, addr, request_id, who, key, at_ms in reads:
+            seq += 1
+            entry = Entry(
+                action=action, addr=addr, key=key, node=node, outcome="allowed",
+                request_id=request_id, seq=seq, status=200, ts=self.stamp(at_ms), who=who,
+            )  # fmt: skip
+            line, mac = chain(mac, entry)
+            lines.append(line)
+        self._last = end = (seq, mac)
+        self._look_after()
+        for worker in self._workers:
+            worker.put(b"".join(lines), end, Haste.GATHERED)
+
+    def _look_after(self) -> None:
+        if self._watching is None and self._loop is not None:
+            self._watching = self._loop.call_later(WATCH_S, self._watch)
 
     def written(self, seq: int) -> asyncio.Future[None] | None:
         """When entry `seq` is in a file (of this machine's memory at least); None: it is."""
@@ -346,6 +234,8 @@ class AuditLog:
         """Hand every line to the operating system: to one file at least (see `written`)."""
         if self._loop is None:
             return
+        if self._reads:
+            self._chain_reads()
         for worker in self._workers:
             if worker.write_now():
                 self._written_seq = max(self._written_seq, worker.written[0])
@@ -387,7 +277,7 @@ class AuditLog:
 
     # --- what the threads tell ----------------------------------------------------------------
 
-    def _on_progress(self, worker: _Worker) -> None:
+    def _on_progress(self, worker: Worker) -> None:
         """(A sink's thread.)"""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._progress)

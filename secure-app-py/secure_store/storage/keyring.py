@@ -21,6 +21,7 @@ import os
 import stat
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -35,6 +36,7 @@ from secure_store.files import sync_directory, write_durably, write_private
 KEY_BYTES = 32
 NONCE_BYTES = 12
 ID_BYTES = 4
+NONCES = 256  # drawn from the system at once
 OVERHEAD_BYTES = ID_BYTES + NONCE_BYTES + 16
 
 
@@ -57,6 +59,7 @@ class Keyring:
             raise Damaged("the keyring holds no data key")
         self._ciphers = {i: AESGCM(raw) for i, raw in self._raw.items()}
         self._active = max(self._ciphers)
+        self._nonces: deque[bytes] = deque()  # each is taken out once, by whichever thread
         self.audit_mac_key = self._unwrap("audit_mac", file.audit_mac)
         self._sign_seed = self._unwrap("audit_sign", file.audit_sign)
         self.signer = Ed25519PrivateKey.from_private_bytes(self._sign_seed)
@@ -71,8 +74,18 @@ class Keyring:
         it."""
         active = self._active  # once: another thread may rotate
         number = active.to_bytes(ID_BYTES, "big")
-        nonce = os.urandom(NONCE_BYTES)
+        nonce = self._nonce()
         return number + nonce + self._ciphers[active].encrypt(nonce, plain, number + name)
+
+    def _nonce(self) -> bytes:
+        """Fresh chance: a system call for each would cost as much as the sealing."""
+        while True:
+            try:
+                return self._nonces.popleft()
+            except IndexError:
+                drawn = os.urandom(NONCES * NONCE_BYTES)
+                starts = range(0, len(drawn), NONCE_BYTES)
+                self._nonces.extend(drawn[at : at + NONCE_BYTES] for at in starts)
 
     def open(self, name: bytes, sealed: bytes) -> bytes:
         """What `seal` was given under this name; raises Damaged for anything else."""

@@ -242,6 +242,93 @@ async def test_what_a_failed_fsync_left_in_doubt_is_written_anew(keyring, tmp_pa
     assert [line.split(b'"')[3] for line in raw_lines(path)] == [b"one", b"two"]
 
 
+def record_line(log: AuditLog, number: int) -> int:
+    log.note("set", addr="", outcome="allowed", request_id="r", status=200, who="me", record=number)
+    return log.noted_seq
+
+
+async def test_lines_of_writes_are_in_the_file_before_anybody_is_told(keyring, tmp_path) -> None:
+    path = tmp_path / "a.log"
+    log = opened(keyring, path)
+    for round_number in range(5):
+        log.note_read("get", "127.0.0.1", "r", "me", "k")
+        lines = [record_line(log, round_number * 3 + n) for n in range(3)]
+        log.write_out()
+        assert all(log.written(line) is None for line in lines), "nobody has to wait"
+        assert len(list(raw_lines(path))) == lines[-1], "reads that came before stand before"
+        await asyncio.sleep(0.03)
+    async with asyncio.timeout(20):
+        while log.seq != log.noted_seq:  # noqa: ASYNC110 - nothing to await
+            await asyncio.sleep(0.01)
+    assert log.fsyncs < 5, "they are synced together"
+    log.stop()
+    assert verdict(keyring, path) is Code.OK
+
+
+async def test_while_a_file_is_not_ready_its_thread_writes_and_the_order_holds(
+    keyring, tmp_path
+) -> None:
+    path = tmp_path / "a.log"
+    log = opened(keyring, path)
+    sink = log._workers[0].sink
+    sink._segment_bytes = 4_000  # it rotates, which is the thread's
+    waited = 0
+    for number in range(1, 200):
+        log.note_read("get", "127.0.0.1", "r", "me", "k")
+        line = record_line(log, number)
+        if number % 10 == 0:
+            with sink.mutex:  # the thread is in the middle of a write
+                log.write_out()
+                assert log.written(line) is not None
+        else:
+            log.write_out()
+        if number % 25 == 0:
+            await note(log, "denied")
+        if (written := log.written(line)) is not None:
+            waited += 1
+            async with asyncio.timeout(20):
+                await written
+    assert 19 <= waited < 150, "mostly nobody had to wait"
+    log.stop()
+    assert len(segments(path)) > 3
+    assert verdict(keyring, path) is Code.OK
+    assert len(list(raw_lines(path))) == log.noted_seq
+
+
+async def test_a_line_appended_during_an_fsync_is_not_taken_for_durable(keyring, tmp_path) -> None:
+    path = tmp_path / "a.log"
+    log = AuditLog("nodeA", "log", keyring, (path,), on_state=lambda _: None)
+    inside, free = threading.Event(), threading.Event()
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if threading.current_thread().name == "audit" and not free.is_set():
+            inside.set()
+            free.wait(30)
+        real(fd)
+
+    log.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        first = note(log, "one")
+        await asyncio.to_thread(inside.wait, 20)
+        line = record_line(log, 1)
+        log.write_out()
+        assert log.written(line) is None, "a fsync that hangs does not hold up a write"
+        free.set()
+        await first
+        assert log.seq >= 1
+        good = log._workers[0].sink
+        async with asyncio.timeout(20):
+            while log.seq != 2:
+                with good.mutex:
+                    assert good._good + len(good._unsynced) == path.stat().st_size
+                await asyncio.sleep(0.01)
+        assert good._good == path.stat().st_size
+    log.stop()
+    assert verdict(keyring, path) is Code.OK
+
+
 def test_a_pipe_is_no_audit_file(keyring, tmp_path) -> None:
     if not hasattr(os, "mkfifo"):
         pytest.skip("needs named pipes")

@@ -275,6 +275,7 @@ def test_what_was_folded_without_an_fsync_is_lost_whole_or_not_at_all(tmp_path: 
     tokens = database.load_tokens()
     with database.transaction(is_synced=False):
         database.apply(more, tokens, 0)
+    assert database.db.execute("PRAGMA synchronous").fetchone() == (2,), "FULL again"
     whole = (tmp_path / "store.db-wal").read_bytes()
     main = (tmp_path / "store.db").read_bytes()
     database.db.close()
