@@ -18,6 +18,7 @@ from message_queue.core.messages import (
     View,
 )
 from message_queue.core.replication.state import PartitionState
+from message_queue.core.runs import put_entry
 from message_queue.storage.log import Fsync
 from message_queue.storage.store import Store
 
@@ -93,5 +94,5 @@ def ack(partition: int, seq: int, *targets: int) -> AppendRecord:
 def plain_puts(partition: int, first: int, count: int, queue: str = "q") -> AppendRecord:
     """Messages as the owner stores them, each in want of nothing."""
     meta = stored.encode(stored.MessageMeta(queue, 1_000 + first, 7, b'{"a":1}'))
-    entries = tuple(Put(seq, meta, b'"%d"' % seq) for seq in range(first, first + count))
-    return AppendRecord(partition, EPOCH, entries)
+    run = put_entry(first, meta, [b'"%d"' % seq for seq in range(first, first + count)])
+    return AppendRecord(partition, EPOCH, (run,))

@@ -275,6 +275,31 @@ def test_a_batch_with_repetitions_names_them_and_stores_the_rest() -> None:
     assert [e.body for e in bench.take("q", 10)] == [b'"a"', b'"b"', b'"c"']
 
 
+def test_marks_of_a_batch_name_their_own_messages_after_a_failover() -> None:
+    bench = Bench()
+    first = bench.produce("q", *(text(n, dedupe_id=n) for n in "abc"), text("d"), batch=True)
+    bench.store()
+    later = bench.successor()
+    for n, name in enumerate("abc"):
+        repeated = later.produce("q", text(name, dedupe_id=name))
+        later.store()
+        assert later.body(repeated)["duplicate"] is True
+        assert later.body(repeated)["id"] == bench.body(first)["ids"][n]
+
+
+def test_a_batch_of_unlike_messages_keeps_order_bodies_and_ids() -> None:
+    bench = Bench()
+    kinds: list[dict[str, Any]] = [{}, {}, {"priority": 3}, {"headers": b'{"a":1}'}, {}, {}]
+    token = bench.produce("q", *(text(str(n), **kind) for n, kind in enumerate(kinds)), batch=True)
+    bench.store()
+    ids = [parse_id(name) for name in bench.body(token)["ids"]]
+    taken = bench.take("q", 50)
+    assert [entry.body for entry in taken] == [b'"2"', b'"0"', b'"1"', b'"3"', b'"4"', b'"5"']
+    assert [entry.headers for entry in taken] == [None, None, None, b'{"a":1}', None, None]
+    names = {entry.body: entry.dot for entry in taken}
+    assert ids == [(PARTITION, names[b'"%d"' % n]) for n in range(6)]
+
+
 def test_a_refused_batch_asks_elsewhere_and_frees_its_dedupe_ids() -> None:
     bench = Bench()
     token = bench.produce("q", text("a", dedupe_id="d"))

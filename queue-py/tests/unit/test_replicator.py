@@ -24,6 +24,7 @@ from message_queue.core.messages import (
     PromiseRecord,
     Pull,
     Put,
+    Puts,
     Refusal,
     Seal,
     SealRecord,
@@ -39,11 +40,13 @@ from message_queue.core.replication.contract import (
     NotOwner,
     PutDraft,
     ReplicationConfig,
+    RunDraft,
 )
 from message_queue.core.replication.dots import DotSet
 from message_queue.core.replication.effects import Effects
 from message_queue.core.replication.replicator import Replicator
 from message_queue.core.replication.state import PartitionState
+from message_queue.core.runs import bodies_of, put_entry
 
 P = 0
 EPOCH_A, EPOCH_B, EPOCH_C = MAX_NODES, MAX_NODES + 1, MAX_NODES + 2
@@ -251,6 +254,43 @@ def test_records_are_committed_by_a_majority_of_durable_copies() -> None:
     assert [to for to, m in accepted.effects.send if isinstance(m, Append)] == [0]
     assert not bench.hear(0, Stored(P, bench.epoch, 2, False)).committed, "own copy not durable"
     assert [c.upto for c in bench.synced().committed] == [2]
+
+
+def test_neighbours_that_share_a_meta_leave_as_one_entry_and_count_one_by_one() -> None:
+    bench = Bench(member())
+    bench.elected()
+    drafts = (
+        PutDraft(b"m", b"a"),
+        RunDraft(b"m", (b"b", b"")),
+        AckDraft(((bench.epoch, 1, 1),)),
+        RunDraft(b"n", (b"c",)),
+        RunDraft(b"m", (b"d", b"e")),
+    )
+    accepted = bench.core.propose(P, drafts, bench.now_ms)
+    assert isinstance(accepted, Accepted)
+    (append,) = [m for _, m in accepted.effects.send if isinstance(m, Append)]
+    first, ack, single, last = append.entries
+    assert isinstance(first, Puts)
+    assert isinstance(last, Puts)
+    assert (first.seq, bodies_of(first)) == (1, [b"a", b"b", b""])
+    assert ack == Ack(4, ((bench.epoch, 1, 1),))
+    assert single == Put(5, b"n", b"c")
+    assert (last.seq, bodies_of(last)) == (6, [b"d", b"e"])
+    bench.synced()
+    assert [c.upto for c in bench.hear(0, Stored(P, bench.epoch, 5, False)).committed] == [5]
+    assert [c.upto for c in bench.hear(0, Stored(P, bench.epoch, 7, False)).committed] == [7]
+    again = bench.core.propose(P, (PutDraft(b"", b"x"),), bench.now_ms)
+    assert isinstance(again, Accepted)
+    assert again.first == 8
+
+
+def test_a_run_whose_first_was_acked_before_it_came_is_stored_for_the_others() -> None:
+    bench = Bench(member(AppendRecord(P, EPOCH_A, (Ack(4, ((EPOCH_A, 1, 1),)),))))
+    run = put_entry(1, b"", [b"a", b"b", b"c"])
+    fx = bench.hear(0, Append(P, EPOCH_A, (run,)))
+    assert fx.persist == [AppendRecord(P, EPOCH_A, (run,))]
+    assert bench.core.state(P).held.spans() == ((EPOCH_A, 2, 3),)
+    assert [m for _, m in bench.synced().send] == [Stored(P, EPOCH_A, 4, False)]
 
 
 def test_a_claim_above_what_was_sent_is_ignored() -> None:

@@ -13,7 +13,7 @@ from message_queue.storage.recovery import recover
 from message_queue.storage.segments import segment_path, segments_in
 
 sys.path.insert(0, str(Path(__file__).parent))
-from queue_store import EPOCH, StoreBench, ack, puts, seal
+from queue_store import EPOCH, StoreBench, ack, plain_puts, puts, seal
 
 
 async def test_everything_persisted_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -45,6 +45,43 @@ async def test_a_put_acked_before_it_was_written_is_not_indexed(tmp_path: Path) 
     assert bench.store.place(1, EPOCH, 1) is None
     assert bench.store.figures()["stored_records"] == 0
     await bench.store.close()
+
+
+async def test_of_a_run_what_was_acked_before_it_was_written_is_not_indexed(
+    tmp_path: Path,
+) -> None:
+    bench = await StoreBench(tmp_path).open()
+    bench.persist(seal(1))
+    bench.persist(plain_puts(1, 1020, 10))  # across two blocks of the index
+    bench.persist(ack(1, 1030, 1021, 1024, 1029))
+    await bench.settled()
+    left = {seq: b'"%d"' % seq for seq in (1020, 1022, 1023, 1025, 1026, 1027, 1028)}
+    assert await bench.bodies(1) == left
+    assert bench.store.figures()["stored_records"] == len(left)
+    await bench.store.close()
+    again = await StoreBench(tmp_path).open()
+    assert await again.bodies(1) == left
+    await again.store.close()
+
+
+async def test_compaction_moves_what_is_left_of_runs(tmp_path: Path) -> None:
+    bench = await StoreBench(tmp_path, segment_bytes=600).open()
+    bench.persist(seal(1))
+    left = {}
+    for first in range(1, 200, 21):
+        bench.persist(plain_puts(1, first, 20))
+        acked = [seq for seq in range(first, first + 20) if seq % 7]
+        bench.persist(ack(1, first + 20, *acked))
+        left |= {seq: b'"%d"' % seq for seq in range(first, first + 20) if not seq % 7}
+        await bench.settled()
+    size = bench.store.figures()["log_bytes"]
+    await bench.store.compact()
+    assert bench.store.figures()["log_bytes"] < size / 2
+    assert await bench.bodies(1) == left
+    await bench.store.close()
+    again = await StoreBench(tmp_path, segment_bytes=600).open()
+    assert await again.bodies(1) == left
+    await again.store.close()
 
 
 async def test_compaction_gives_space_back_and_changes_nothing(tmp_path: Path) -> None:
@@ -105,7 +142,7 @@ async def write_a_log(directory: Path) -> bytes:
     bench.persist(PromiseRecord(1, EPOCH, 1), seal(1))
     bench.persist(puts(1, 1, 3, size=5))
     bench.persist(ack(1, 4, 2))
-    bench.persist(puts(1, 5, 1, size=5))
+    bench.persist(plain_puts(1, 5, 2))
     await bench.settled()
     await bench.store.close()
     return segment_path(directory, 1).read_bytes()
@@ -122,7 +159,7 @@ async def test_a_cut_at_every_byte_recovers_a_prefix(tmp_path: Path) -> None:
         assert found.damaged == {}
         state = found.states.get(1)
         held = tuple(seq for _, seq in state.held.dots()) if state else ()
-        assert held in ((), (1, 2, 3), (1, 3), (1, 3, 5))
+        assert held in ((), (1, 2, 3), (1, 3), (1, 3, 5, 6)), "a run is there as a whole or not"
         assert {unpack_dot(dot)[1] for dot in found.index.dots(1)} == set(held)
         assert not found.withdrawn
         # What is cut stays cut: a second start finds a clean log.
@@ -132,7 +169,7 @@ async def test_a_cut_at_every_byte_recovers_a_prefix(tmp_path: Path) -> None:
         seen.add(held)
         for number in segments_in(directory):
             segment_path(directory, number).unlink()
-    assert seen == {(), (1, 2, 3), (1, 3), (1, 3, 5)}
+    assert seen == {(), (1, 2, 3), (1, 3), (1, 3, 5, 6)}
 
 
 async def test_a_flip_of_every_byte_withdraws_the_partition_or_cuts_the_tail(
@@ -172,13 +209,13 @@ async def test_a_damaged_segment_goes_to_quarantine_and_its_good_part_stays(
     assert bench.store.states[1].standing is Standing.DAMAGED
     await bench.store.compact()
     assert segments_in(tmp_path / "quarantine") == [1]
-    assert list(await bench.bodies(1)) == [5]
+    assert list(await bench.bodies(1)) == [5, 6]
     await bench.store.close()
     # The next start finds no damage, and still knows that the partition is not whole.
     again = await StoreBench(tmp_path).open()
     assert not again.store.recovered.damaged
     assert again.store.states[1].standing is Standing.DAMAGED
-    assert list(await again.bodies(1)) == [5]
+    assert list(await again.bodies(1)) == [5, 6]
     await again.store.close()
 
 
