@@ -34,6 +34,17 @@ def test_keepalive_counts_leases_anew_and_leaves_other_holds_alone(locks: Driver
     assert locks.keepalive("nobody") == Renewed(0)
 
 
+def test_a_keepalive_may_make_leases_end_sooner(locks: Driver) -> None:
+    locks.token("ann", "a", ttl=5_000)
+    ticket = locks.ticket("bob", "a")
+    assert locks.keepalive("ann", ttl=700) == Renewed(1)
+    assert locks.machine.next_due_ms() == locks.machine.now_ms + 700
+    locks.pass_ms(699)
+    assert ticket not in locks.late
+    locks.pass_ms(1)
+    assert locks.late[ticket].client_id == "bob"
+
+
 def test_a_keepalive_that_comes_too_late_does_not_revive_a_lease(locks: Driver) -> None:
     locks.token("ann", "a", ttl=1_000)
     locks.token("ann", "b", ttl=9_000)
