@@ -18,9 +18,8 @@ from testkit.history import History, Operation
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
 DEADLINE_S = 20.0
 VISIBILITY_MS = 1_000
-CLOCK_SLACK_MS = 300
-"""A lease is counted in cluster time, which jumps when an owner hears of a faster clock: by what a
-stalled one may have missed without losing its office."""
+CLOCK_SLACK_MS = 50
+"""A lease is counted in cluster time, which may jump ahead by so much untold."""
 
 
 def queue_cluster(root: Path, *, proxied: bool = False, flags: tuple[str, ...] = ()) -> Cluster:

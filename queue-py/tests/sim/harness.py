@@ -54,6 +54,7 @@ from testkit.sim import (
 
 TICK_MS = 25
 VISIBILITY_MS = 400
+DRIFT = 0.002
 CLOCK_SLACK_MS = 25
 """Cluster time may jump ahead by so much untold, and drift."""
 encoder = msgspec.msgpack.Encoder()
@@ -391,6 +392,7 @@ class QueueHarness(Harness[SimNode]):
         self.rotten: dict[tuple[str, int], list[PartitionState]] = {}
         self.delivered: set[tuple[int, int, int]] = set()
         self.stopped = False
+        self.stopped_at = (0.0, 0)
 
     def build(self, host: Host) -> SimNode:
         return SimNode(host, self)
@@ -559,7 +561,8 @@ class QueueHarness(Harness[SimNode]):
         self.judge(leftovers)
 
     def judge(self, leftovers: list[str]) -> None:
-        """The history adds up, with these messages still stored."""
+        """The history adds up, with these messages still stored, and time went on as it should."""
+        self.check_time()
         verdict = total_queue.check(
             self.world.history, leftovers=leftovers, causes=self.causes, slack_ms=CLOCK_SLACK_MS
         )
@@ -573,12 +576,27 @@ class QueueHarness(Harness[SimNode]):
             "produced", sum(op.kind == "produce" and op.status == "ok" for op in self.world.history)
         )
 
+    def times(self) -> tuple[float, int]:
+        """Now, and the latest cluster time."""
+        nodes = [node for node in self.world.nodes.values() if node.core is not None]
+        known = [node.core.cluster_ms(node.host.now_ms()) for node in nodes if node.core]
+        return self.world.clock.now_ms, max(known, default=0)
+
+    def check_time(self) -> None:
+        """From when all was healed and the clients stopped: no faster than any clock, no slower."""
+        (began_ms, before_ms), (ended_ms, after_ms) = self.stopped_at, self.times()
+        if before_ms:
+            went_ms = ended_ms - began_ms
+            off_ms = after_ms - before_ms - went_ms
+            assert abs(off_ms) <= went_ms * DRIFT + 2, f"{off_ms} ms wrong after {went_ms} ms"
+
     def leftovers(self, partition: int, state: PartitionState) -> list[str]:
         """The ids of the messages still stored."""
         return [f"{partition}-{epoch}-{seq}" for epoch, seq in state.held.dots()]
 
     def stop_clients(self) -> None:
         self.stopped = True
+        self.stopped_at = self.times()
 
 
 class Stopping(QueueHarness):

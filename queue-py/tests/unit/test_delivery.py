@@ -128,6 +128,17 @@ def test_a_lease_is_extended_up_to_twelve_hours_in_all() -> None:
     assert take(sut, now=1) == [1], "an extension by nothing gives it back"
 
 
+def test_a_jump_of_the_clock_ends_no_lease_but_delays() -> None:
+    sut = machine(1, 2)
+    assert take(sut, most=1, lease=100) == [1]
+    put(sut, 3, ready_at_ms=500)
+    sut.postpone(1_000)  # cluster time jumped from 0 to 1000
+    sut.tick(1_099)
+    assert take(sut, now=1_099) == [2, 3]
+    sut.tick(1_100)
+    assert take(sut, now=1_100) == [1]
+
+
 def test_a_lease_that_ended_is_taken_up_again_while_nobody_else_has_the_message() -> None:
     sut = machine(1)
     take(sut, lease=10)
