@@ -62,6 +62,11 @@ def _resolve(answered: asyncio.Future[Answer | None], answer: Answer | None) -> 
         answered.set_result(answer)
 
 
+def _time_is_over(polled: asyncio.Future[list[Entry] | None]) -> None:
+    if not polled.done():
+        polled.set_result([])
+
+
 class Delivered:
     """An answer that leased messages; `undo` ends those leases as if nothing had been delivered."""
 
@@ -131,6 +136,8 @@ class Host:
         self.around = around
         self.metrics = metrics
         self.mover = Mover(self)
+        self._bodies_at_hand = True
+        """What was leased last had all its bodies in memory."""
         self._loop = asyncio.get_running_loop()
         self._token = 0
         self._asked: dict[int, tuple[Done, float]] = {}
@@ -220,8 +227,6 @@ class Host:
             taken = waited
         if not taken:
             return Delivered(_NOTHING)
-        self.metrics.delivered += len(taken)
-        self.metrics.redelivered += sum(entry.attempt > 1 for entry in taken)
         # As of now: should it go back later, another delivery may have come since.
         attempts = [entry.attempt for entry in taken]
         try:
@@ -232,6 +237,33 @@ class Host:
         if bodies is None:
             self._undo(taken, attempts)
             return Delivered(refusal(503, "Message unreadable here", 1, definite=True))
+        return self._delivered(op, taken, attempts, bodies)
+
+    def consume_now(self, op: Consume) -> Delivered | None:
+        """What can be leased without waiting for anything; None: nothing was done. Not tried while
+        bodies come from disk: there it would be in vain."""
+        if not self._bodies_at_hand:
+            return None
+        taken = self.owner.delivery.take(
+            op.queue, op.most, op.visibility_ms, self.around.cluster_ms()
+        )
+        if not taken:
+            self.after()
+            return None
+        attempts = [entry.attempt for entry in taken]
+        bodies = [entry.body for entry in taken if entry.body is not None]
+        if len(bodies) < len(taken):
+            self._bodies_at_hand = False
+            self._undo(taken, attempts)
+            return None
+        self.after()
+        return self._delivered(op, taken, attempts, bodies)
+
+    def _delivered(
+        self, op: Consume, taken: list[Entry], attempts: list[int], bodies: list[bytes]
+    ) -> Delivered:
+        self.metrics.delivered += len(taken)
+        self.metrics.redelivered += sum([attempt > 1 for attempt in attempts])
         if op.batch:
             body = messages(self.partition, taken, bodies, receipt=True)
         else:
@@ -244,23 +276,21 @@ class Host:
         if len(self._polls) >= WAITERS:
             return []
         token = self._next_token()
-        polled: asyncio.Future[list[Entry] | None] = asyncio.get_running_loop().create_future()
+        polled: asyncio.Future[list[Entry] | None] = self._loop.create_future()
         self._polls[token] = polled
         self.owner.delivery.wait(token, op.queue, op.most, op.visibility_ms)
+        timer = self._loop.call_later(op.wait_ms / 1000, _time_is_over, polled)
         try:
-            async with asyncio.timeout(op.wait_ms / 1000):
-                return await asyncio.shield(polled)
-        except TimeoutError:
-            # A grant may have come in the very moment the time was over.
-            return (polled.result() or []) if polled.done() else []
+            return await polled
         except asyncio.CancelledError:
-            if polled.done() and (granted := polled.result()):
+            # A grant may have come in the very moment in which the client went away.
+            if not polled.cancelled() and (granted := polled.result()):
                 self._release([(e.dot, Receipt(e.epoch, e.attempt)) for e in granted])
             raise
         finally:
+            timer.cancel()
             self._polls.pop(token, None)
             self.owner.delivery.cancel(token)
-            polled.cancel()
 
     def _undo(self, taken: Sequence[Entry], attempts: Sequence[int]) -> None:
         """What this owner leased reached nobody."""
@@ -387,6 +417,7 @@ class Host:
         """The bodies, read back where they are only on disk. None: one is unreadable here, now
         or for good (then the replication was told)."""
         absent = {unpack_dot(entry.dot): entry for entry in entries if entry.body is None}
+        self._bodies_at_hand = not absent
         if not absent:
             return [entry.body for entry in entries if entry.body is not None]
         # Whose turn is next is read in the same breath: one read of many costs little more.

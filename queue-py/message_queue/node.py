@@ -190,8 +190,8 @@ class Node:
         """Do what a step asks, in the order that `Effects` prescribes."""
         self._serves.clear()
         if fx.jumped_ms:
-            for host in self.hosts.values():
-                host.owner.postpone(fx.jumped_ms)
+            for each in self.hosts.values():
+                each.owner.postpone(fx.jumped_ms)
         if fx.batch:
             self._stirred = True
             self.store.persist(fx.batch, fx.persist)

@@ -82,6 +82,14 @@ class Router:
         """See `api.keys.Service`."""
         return await self._route(operation, forward)
 
+    def consume_now(self, operation: Consume) -> Delivered | None:
+        """See `api.keys.Service`."""
+        node = self._node
+        host = node.hosts.get(_partition_of(operation.queue))
+        if host is None or node.stopping or not node.may_serve(host.partition):
+            return None
+        return host.consume_now(operation)
+
     def begin(self, op: Direct, done: Callable[[Answer], None]) -> None:
         """See `api.keys.Service`."""
         partition = _partition_of(op.queue) if isinstance(op, Produce) else op.partition

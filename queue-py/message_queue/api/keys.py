@@ -54,6 +54,9 @@ class Service(Protocol):
     async def consume(self, operation: Consume, forward: bool = True) -> Delivered:
         """Like `ask`; cancelling it leaves nothing leased."""
 
+    def consume_now(self, operation: Consume) -> Delivered | None:
+        """What can be leased in this very turn; None: nothing was done, `consume` knows more."""
+
     async def ack(
         self, ids: Sequence[str], receipt: str | None, forward: bool = True
     ) -> list[int] | Answer:

@@ -25,6 +25,7 @@ from typing import assert_never
 from aiohttp import WSCloseCode, web
 
 from message_queue.api import frames
+from message_queue.api.acking import Acking
 from message_queue.api.errors import ApiError
 from message_queue.api.frames import (
     AckItem,
@@ -40,7 +41,7 @@ from message_queue.api.frames import (
     UnsubscribeItem,
 )
 from message_queue.api.keys import CONFIG, METRICS, SERVICE, Delivered, Service
-from message_queue.api.requests import SETTLED, SINGLE_ACK, new_messages
+from message_queue.api.requests import new_messages
 from message_queue.api.schemas import check_name
 from message_queue.core.ids import MessageName, parse_id
 from message_queue.core.operations import (
@@ -192,7 +193,7 @@ class _Stream:
         if opcode != TEXT:
             self._ws.close(WSCloseCode.UNSUPPORTED_DATA, "frames are text")
             return
-        acks: list[_Acking] = []
+        acks: list[Acking] = []
         for item in frames.parse(payload):
             self._metrics.requests += 1
             if isinstance(item, Bad):
@@ -205,7 +206,7 @@ class _Stream:
         if acks:
             self._settle(acks)
 
-    def _do(self, item: Item, acks: list[_Acking]) -> None:
+    def _do(self, item: Item, acks: list[Acking]) -> None:
         """Begin one item. Raises ApiError for what is refused at once."""
         if self._stopping:
             raise ApiError(503, "Node is stopping", definite=True)
@@ -216,7 +217,7 @@ class _Stream:
                 messages, batch = new_messages(item)
                 self._begin(item.cid, Produce(check_name(queue, "queue"), messages, batch))
             case AckItem():
-                acks.append(_Acking(item))
+                acks.append(Acking(item))
                 self._under_way += 1
             case NackItem(message_id, receipt, delay_ms):
                 name = _known(message_id)
@@ -230,8 +231,11 @@ class _Stream:
             case SubscribeItem():
                 self._subscribe(item)
             case CreditItem(subscription, credit):
-                self._subscription(subscription).add(credit)
+                found = self._subscription(subscription)
+                found.add(credit)
                 self._answer(item.cid, Answer(200, b'{"status":"ok"}'))
+                if found.waits and found.credit:
+                    self._feed_now(found)
             case UnsubscribeItem(subscription):
                 self._subscription(subscription).task.cancel()
                 del self._subscriptions[subscription]
@@ -258,8 +262,8 @@ class _Stream:
 
     # ── acks: those of a frame go to each partition together ────────────────────────────────────
 
-    def _settle(self, acks: list[_Acking]) -> None:
-        by_partition: dict[int, list[tuple[_Acking, int, int, str | None]]] = {}
+    def _settle(self, acks: list[Acking]) -> None:
+        by_partition: dict[int, list[tuple[Acking, int, int, str | None]]] = {}
         for acking in acks:
             for index, (text, receipt) in enumerate(acking.named):
                 name = parse_id(text)
@@ -278,7 +282,7 @@ class _Stream:
                 operation = Settle(partition, dots, receipts)
                 self._service.begin(operation, partial(self._settled, part))
 
-    def _settled(self, part: list[tuple[_Acking, int, int, str | None]], reply: Answer) -> None:
+    def _settled(self, part: list[tuple[Acking, int, int, str | None]], reply: Answer) -> None:
         if reply.status == 200:
             statuses = results_decoder.decode(reply.body).statuses
             self._metrics.acked += statuses.count(200)
@@ -291,7 +295,7 @@ class _Stream:
             if not acking.open:
                 self._acked(acking)
 
-    def _acked(self, acking: _Acking) -> None:
+    def _acked(self, acking: Acking) -> None:
         if not acking.answered:
             acking.answered = True
             self._done(acking.cid, acking.answer())
@@ -313,6 +317,18 @@ class _Stream:
         if found is None:
             raise ApiError(404, "No such subscription", subscription=cid)
         return found
+
+    def _feed_now(self, subscription: _Subscription) -> None:
+        """Its feeder waits for credit, which has come: what is ready leaves in this very turn, and
+        the feeder sleeps on unless there is still credit."""
+        if self._room.is_set():
+            delivered = self._service.consume_now(subscription.next())
+            if delivered is not None:
+                reply = delivered.answer
+                subscription.credit -= reply.messages
+                self._put(frames.delivery(subscription.cid, reply.body), delivered)
+        if subscription.credit:
+            subscription.wake()
 
     async def feed(self, subscription: _Subscription) -> None:
         """Lease and send while there is credit. Owners come and go meanwhile: the service finds the
@@ -408,6 +424,8 @@ class _Subscription:
     def __init__(self, stream: _Stream, cid: Cid, queue: str, item: SubscribeItem) -> None:
         self.cid = cid
         self.credit = item.credit
+        self.waits = False
+        """Its feeder sleeps until there is credit."""
         self._queue = queue
         self._visibility_ms = item.visibility_ms
         self._more = asyncio.Event()
@@ -419,69 +437,22 @@ class _Subscription:
         if self.credit + credit > frames.MAX_CREDIT:
             raise ApiError(429, "Too much credit", limit=frames.MAX_CREDIT)
         self.credit += credit
+
+    def wake(self) -> None:
+        """There is credit."""
+        self.waits = False
         self._more.set()
 
     async def has_credit(self) -> None:
         """Wait until there is some."""
         while not self.credit:
+            self.waits = True
             self._more.clear()
             await self._more.wait()
 
     def next(self) -> Consume:
         """What to ask the owner now."""
         return Consume(self._queue, self.credit, True, MAX_WAIT_MS, self._visibility_ms)
-
-
-class _Acking:
-    """An ack on its way: its ids may belong to several partitions."""
-
-    __slots__ = ("_failure", "_statuses", "answered", "cid", "named", "open", "several")
-
-    def __init__(self, item: AckItem) -> None:
-        self.cid = item.cid
-        self.several = item.message_ids is not None
-        if item.message_ids is None:
-            if item.message_id is None:
-                raise ApiError(400, "Missing field", field="message_id")
-            if item.receipts is not None:
-                raise ApiError(400, "Invalid field", field="receipts", detail="Needs message_ids")
-            self.named = [(item.message_id, item.receipt)]
-        else:
-            if item.message_id is not None or item.receipt is not None:
-                field = "message_id" if item.message_id is not None else "receipt"
-                detail = "Not together with message_ids"
-                raise ApiError(400, "Invalid field", field=field, detail=detail)
-            receipts = item.receipts or [None] * len(item.message_ids)
-            if len(receipts) != len(item.message_ids):
-                detail = "Expected one for each of message_ids"
-                raise ApiError(400, "Invalid field", field="receipts", detail=detail)
-            self.named = list(zip(item.message_ids, receipts, strict=True))
-        self.open = len(self.named)
-        self.answered = False
-        self._statuses = [0] * self.open
-        self._failure: Answer | None = None
-
-    def settled(self, index: int, status: int) -> None:
-        """What became of one id."""
-        self._statuses[index] = status
-        self.open -= 1
-
-    def failed(self, index: int, reply: Answer) -> None:
-        """Its owner could not say."""
-        self._failure = reply
-        self.open -= 1
-
-    def answer(self) -> Answer:
-        """As POST /ack answers."""
-        if self._failure is not None:
-            return self._failure
-        if not self.several:
-            return SINGLE_ACK[self._statuses[0]]
-        results = [
-            {"message_id": text, "status": SETTLED[status]}
-            for (text, _), status in zip(self.named, self._statuses, strict=True)
-        ]
-        return frames.done({"results": results})
 
 
 def _known(text: str) -> MessageName:
