@@ -42,11 +42,14 @@ class Ledger:
         before = self._audit.noted_seq
         for record in kept:
             if record.seq <= shown_seq:
-                self.shown(decode_changes(record.payload), record.seq, detail="written at start")
+                changes = decode_changes(record.payload)
+                self.shown(changes, record.seq, record.epoch, detail="written at start")
         self._shown_seq = max(self._shown_seq, shown_seq)
         return self._audit.noted_seq - before
 
-    def shown(self, changes: tuple[Change, ...], seq: int, *, detail: str = "") -> int:
+    def shown(
+        self, changes: tuple[Change, ...], seq: int, epoch: int = 0, *, detail: str = ""
+    ) -> int:
         """A record was decided: write its line if this node took the request; gives the line's
         number, or 0."""
         if seq <= self._shown_seq:
@@ -55,7 +58,7 @@ class Ledger:
         found = self._found.pop(seq, set())
         line = 0
         if changes and isinstance(audited := changes[-1], Audited):
-            line = self._write(audited, seq, detail, found)
+            line = self._write(audited, seq, epoch, detail, found)
         after = self._audit.noted_seq
         # A start looks behind the saved line only: it must not pass those that were found.
         told = Told(seq, self._told.line if self._found else after)
@@ -64,7 +67,9 @@ class Ledger:
         self._due.append((told, after))
         return line
 
-    def _write(self, audited: Audited, seq: int, detail: str, found: set[tuple[str, str]]) -> int:
+    def _write(
+        self, audited: Audited, seq: int, epoch: int, detail: str, found: set[tuple[str, str]]
+    ) -> int:
         if audited.node != self._node_id:
             return 0
         if (audited.request_id, self._audit.stamp(audited.at_ms)) in found:
@@ -79,6 +84,7 @@ class Ledger:
             key=audited.key,
             detail=detail,
             record=seq,
+            epoch=epoch,
             at_ms=audited.at_ms,
         )
         return self._audit.noted_seq

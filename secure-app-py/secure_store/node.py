@@ -371,7 +371,7 @@ class Node:
 
     def on_shown(self, changes: tuple[Change, ...], position: Position) -> int:
         """A record was decided; gives the number of its audit line, if this node is to write it."""
-        line = self.ledger.shown(changes, position.seq)
+        line = self.ledger.shown(changes, position.seq, position.epoch)
         self._watches.publish(changes, position)
         if any(isinstance(change, RevokeToken) for change in changes):
             self._recheck()

@@ -50,6 +50,7 @@ from secure_store.storage.keyring import (
     open_keyring,
     read_master_key,
 )
+from secure_store.storage.rollback import told_beyond
 from secure_store.storage.static_access import load_policies, load_tokens
 from secure_store.storage.view import View
 from secure_store.storage.writer import Writer
@@ -124,6 +125,8 @@ def load(
         recovered = database.read_log(applied.seq, 1 << 62, 1 << 62)
         if recovered is None or (recovered and recovered[-1].position != database.last()):
             raise ConfigError(f"{config.data_dir}: the log has a gap after record {applied.seq}")
+        if older := told_beyond(database, config.audit_files, keyring.audit_mac_key):
+            raise ConfigError(f"{config.data_dir}: {older}; see the README, Troubleshooting")
         state, fx = machine.start(
             node_id=config.node_id,
             url=config.url,

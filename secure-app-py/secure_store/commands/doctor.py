@@ -33,6 +33,7 @@ from secure_store.storage.audit_files import raw_lines, segments
 from secure_store.storage.backup import BackupError, read_manifest
 from secure_store.storage.database import Database
 from secure_store.storage.keyring import Keyring, beside, read_master_key
+from secure_store.storage.rollback import told_beyond
 from secure_store.storage.static_access import read_tokens_file
 from secure_store.transport.tls import certificate_problems, key_problems
 
@@ -131,6 +132,8 @@ def _open_all(patient: Patient) -> list[str]:
     database = Database(path, patient.keyring)
     problems: list[str] = []
     try:
+        if older := told_beyond(database, patient.audit_files, patient.keyring.audit_mac_key):
+            problems.append(older)
         database.begin_read()
         problems += database.inspect()
         if not problems:

@@ -31,6 +31,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     action: str
     addr: str
     detail: str = ""
+    epoch: int = 0  # of the record
     key: str = ""
     node: str
     outcome: str

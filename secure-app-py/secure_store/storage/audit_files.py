@@ -220,6 +220,20 @@ def entries_after(path: Path, after_seq: int) -> Iterator[tuple[Line, bytes]]:
                     yield parsed[0], raw
 
 
+def newest_record(path: Path, key: bytes, after_seq: int) -> tuple[int, int, int]:
+    """(epoch, record, entry) of the newest record that a line after entry `after_seq` tells of;
+    zeros if there is none. A line counts only if its MAC is this log's."""
+    newest = (0, 0, 0)
+    previous = FIRST_MAC
+    for line, raw in entries_after(path, max(0, after_seq - 1)):
+        if line.seq > after_seq and (line.epoch, line.record) > newest[:2]:
+            parsed = read_line(raw)
+            if parsed is not None and mac_of(key, previous, parsed[1]).hex() == line.mac:
+                newest = (line.epoch, line.record, line.seq)
+        previous = bytes.fromhex(line.mac)
+    return newest
+
+
 def _offset_before(f: BinaryIO, after_seq: int) -> int:
     """Where a line begins that is at or before entry `after_seq` (or the file), and near it."""
     low, high = 0, f.seek(0, os.SEEK_END)

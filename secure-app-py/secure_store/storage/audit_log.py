@@ -165,6 +165,7 @@ class AuditLog:
         key: str = "",
         detail: str = "",
         record: int = 0,
+        epoch: int = 0,
         at_ms: int | None = None,
         urgent: bool = False,
     ) -> asyncio.Future[None] | None:
@@ -177,6 +178,7 @@ class AuditLog:
             action=action,
             addr=addr,
             detail=detail,
+            epoch=epoch,
             key=key,
             node=self._node_id,
             outcome=outcome,

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,9 @@ async def test_fuzzed_tokens_headers_and_request_lines_get_an_answer_and_no_more
         assert "Traceback" not in cluster.nodes[0].output()
 
 
+@pytest.mark.timeout(120 + 90 * float(os.environ.get("SOAK", "0")))
 async def test_every_acknowledged_write_has_its_audit_line_through_kills(tmp_path: Path) -> None:
+    """SOAK=5 (minutes) goes on for longer."""
     acknowledged: list[str] = []
     async with kit.pair(tmp_path) as cluster:
 
@@ -122,15 +126,21 @@ async def test_every_acknowledged_write_has_its_audit_line_through_kills(tmp_pat
                     if reply.status == 200:
                         acknowledged.append(request_id)
 
-        for round_number in range(3):
+        rng = random.Random(6)
+        until = time.monotonic() + 60 * float(os.environ.get("SOAK", "0"))
+        faults = ["power cut", "kill", "kill twice"]  # each once, then as they come
+        round_number = 0
+        while faults or time.monotonic() < until:
+            fault = faults.pop() if faults else rng.choice(("power cut", "kill", "kill twice"))
+            round_number += 1
             count = len(acknowledged)
             tasks = [asyncio.create_task(writer(f"r{round_number}w{n}")) for n in range(4)]
 
-            async def enough(wanted: int = count + 20) -> bool:
+            async def enough(wanted: int = count + rng.randrange(10, 30)) -> bool:
                 return len(acknowledged) >= wanted
 
             await kit.eventually(enough)
-            if round_number == 1:
+            if fault == "power cut":
                 cluster.power_cut()
             else:
                 cluster.kill(0)
@@ -138,6 +148,11 @@ async def test_every_acknowledged_write_has_its_audit_line_through_kills(tmp_pat
             path = tmp_path / "data" / "nodeA" / "audit" / "audit.log"
             lines = path.read_bytes()  # as the kill left it
             assert all(b'"%s"' % r.encode() in lines for r in acknowledged)
+            if fault == "kill twice":  # while it takes up what the first kill left
+                cluster.start(0)
+                await cluster.ready(0)
+                await asyncio.sleep(rng.choice((0, 0.02, 0.1, 0.4)))
+                cluster.kill(0)
             await cluster.start_all()
         assert await cluster.terminate_all() == [0, 0]
     done = kit.command(tmp_path, "audit", "verify", "--id", "nodeA")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
-from testkit.cluster import CAN_LIMIT, Reply, limit_file_size
+from secure_store.core.audit import Entry, Head, make_line, read_line
+from secure_store.heads import log_id_of
+from secure_store.storage.keyring import open_keyring
+from testkit.cluster import CAN_LIMIT, Cluster, NodeView, Reply, limit_file_size
 from testkit.sim.loading import load
 
 pytestmark = pytest.mark.cluster
@@ -210,6 +216,44 @@ async def test_a_wiped_primary_is_refused_by_both(tmp_path: Path) -> None:
             assert (await kit.get(replica, "/get?key=a")).json["value"] == 1
 
 
+async def test_an_older_database_that_was_put_back_is_refused_at_start(tmp_path: Path) -> None:
+    """On a lone node: no replica could tell."""
+
+    def argv(view: NodeView) -> list[str]:
+        return [sys.executable, str(kit.MAIN), "--id=nodeA", f"--addr={view.bind()}"]
+
+    folder = tmp_path / "data" / "nodeA"
+    alone = Cluster(argv, 1, root=tmp_path, cwd=tmp_path, scheme="https", headers=kit.ADMIN)
+    async with alone as cluster:
+        async with cluster.client(0) as admin:
+            assert (await kit.set_value(admin, "k", "old")).status == 200
+        assert await cluster.terminate_all() == [0]
+        older = {path: path.read_bytes() for path in folder.glob("store.db*")}
+        await cluster.start_all()
+        async with cluster.client(0) as admin:
+            assert (await kit.set_value(admin, "k", "new")).status == 200
+        assert await cluster.terminate_all() == [0]
+        newer = {path: path.read_bytes() for path in folder.glob("store.db*")}
+
+        def put(files: dict[Path, bytes]) -> None:
+            for path in folder.glob("store.db*"):
+                path.unlink()
+            for path, content in files.items():
+                path.write_bytes(content)
+
+        put(older)
+        refused = kit.command(tmp_path, *argv(cluster.views[0])[2:])
+        assert refused.returncode == 2
+        assert "an older copy of the database was put back" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+        examined = kit.command(tmp_path, "doctor", "--id", "nodeA")
+        assert (examined.returncode, "put back" in examined.stdout) == (1, True)
+        put(newer)
+        await cluster.start_all()
+        async with cluster.client(0) as admin:
+            assert (await kit.get(admin, "/get?key=k")).json["value"] == "new"
+
+
 async def test_audit_verify_names_what_was_done_to_the_log(tmp_path: Path) -> None:
     async with kit.pair(tmp_path) as cluster:
         async with cluster.client(0) as admin:
@@ -232,7 +276,8 @@ async def test_audit_verify_names_what_was_done_to_the_log(tmp_path: Path) -> No
         assert asked.returncode == 0, asked.stderr
         assert "after the last anchor" in asked.stdout
         await cluster.terminate_all()
-    anchors = str(tmp_path / "data" / "nodeB" / "audit" / "anchors-nodeA.jsonl")
+    kept_heads = tmp_path / "data" / "nodeB" / "audit" / "anchors-nodeA.jsonl"
+    anchors = str(kept_heads)
     tampered = {
         10: [*lines[:4], lines[4].replace(b"200", b"403"), *lines[5:]],
         11: lines[:4] + lines[5:],
@@ -240,10 +285,47 @@ async def test_audit_verify_names_what_was_done_to_the_log(tmp_path: Path) -> No
         13: lines[:5],
         16: [*path.read_bytes().splitlines(keepends=True), b'{"half'],
     }
+    keyring = open_keyring(tmp_path / "data" / "nodeA" / "keyring.json",
+                           tmp_path / "data" / "nodeA" / "master.key", finish=False)  # fmt: skip
+    tampered[14] = rewritten(lines, keyring.audit_mac_key)
+    named = {10: 5, 11: 5, 12: 5, 16: len(tampered[16])}
     for code, content in tampered.items():
         path.write_bytes(b"".join(content))
         words = ("audit", "verify", "--id", "nodeA", "--anchors", anchors)
-        assert kit.command(tmp_path, *words).returncode == code
+        done = kit.command(tmp_path, *words)
+        assert done.returncode == code, done.stdout
+        word, said = done.stdout.split(": ")[:2]
+        names = {10: "edit", 11: "delete", 12: "reorder", 13: "cut", 14: "rewrite", 16: "torn"}
+        assert word == names[code]
+        number = int(said.removeprefix("entry "))
+        assert number == named.get(code, number)
+    # A fork: two heads of one entry, both signed by the node.
+    path.write_bytes(b"".join(lines))
+    pin, *_ = kept_heads.read_bytes().splitlines(keepends=True)
+    head = Head(log_id_of(keyring), "0" * 64, "nodeA", 3)
+    signature = keyring.signer.sign(head.signed_text()).hex()
+    forked = tmp_path / "forked.jsonl"
+    forked.write_bytes(pin + msgspec.json.encode(replace(head, signature=signature)) + b"\n")
+    true_head = replace(head, mac=json.loads(lines[2])["mac"])
+    signature = keyring.signer.sign(true_head.signed_text()).hex()
+    with forked.open("ab") as f:
+        f.write(msgspec.json.encode(replace(true_head, signature=signature)) + b"\n")
+    done = kit.command(tmp_path, *words[:-1], str(forked))
+    assert (done.returncode, done.stdout.split(": ")[:2]) == (15, ["fork", "entry 3"])
+
+
+def rewritten(lines: list[bytes], key: bytes) -> list[bytes]:
+    """The same log with entry 5 told differently, chained anew by somebody who has the key."""
+    made, mac = list(lines[:4]), bytes.fromhex(json.loads(lines[3])["mac"])
+    for raw in lines[4:]:
+        parsed = read_line(raw)
+        assert parsed is not None
+        fields = {k: v for k, v in msgspec.structs.asdict(parsed[0]).items() if k != "mac"}
+        if fields["seq"] == 5:
+            fields["who"] = "somebody else"
+        line, mac = make_line(key, mac, Entry(**fields))
+        made.append(line)
+    return made
 
 
 @pytest.mark.skipif(not CAN_LIMIT, reason="needs RLIMIT_FSIZE of another process (Linux)")

@@ -111,6 +111,7 @@ async def faults(cluster: Cluster, until: float) -> None:
             await asyncio.sleep(rng.uniform(0.1, 0.6))
 
 
+@pytest.mark.timeout(120 + 2 * SECONDS)
 async def test_the_history_of_a_tormented_pair_is_linearizable(tmp_path: Path) -> None:
     history = History()
     async with kit.pair(tmp_path, proxied=True) as cluster:
