@@ -8,7 +8,8 @@ import json
 from typing import Any
 
 import msgspec
-from harness import PERFECT, ROUGH, SimNode, Stopping, wire
+from sim_judge import Stopping
+from sim_node import SimNode, wire
 
 from message_queue.core.delivery.model import Entry, Receipt
 from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
@@ -30,7 +31,7 @@ from message_queue.core.replication.contract import Accepted
 from message_queue.core.replication.effects import Committed, Gained, Lost
 from message_queue.core.replication.state import PartitionState
 from testkit.checkers import total_queue
-from testkit.sim import TIMED_OUT, Faults, Host, LinkSettings, Scenario
+from testkit.sim import PERFECT, ROUGH, TIMED_OUT, Faults, Host, LinkSettings, Scenario
 
 VISIBILITY_MS = 500
 ANSWER_WITHIN_MS = 1_600

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import QueueHarness, SimNode, Stopping, wire
+from sim_judge import QueueHarness, Stopping
+from sim_node import SimNode, wire
 
 from message_queue.core.messages import RING_PARTITION, Member, Membership
 from message_queue.core.placement.membership import (

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from harness import ROUGH, SimNode, wire
 from moving import FOUNDERS, Moving
+from sim_node import SimNode, wire
 
 from message_queue.core.messages import Membership
 from message_queue.core.placement.membership import changing, nodes
-from testkit.sim import PERFECT, Faults, LinkSettings, Scenario, World
+from testkit.sim import PERFECT, ROUGH, Faults, LinkSettings, Scenario, World
 
 PHASES: Final[Mapping[str, float]] = MappingProxyType(
     {
