@@ -47,12 +47,12 @@ class Connection(web.RequestHandler):
             self._hold(data)
             return
         if self._at_boundary and data and self._express is not None:
-            if self._begun:
-                data, self._begun = self._begun + data, b""
-            request = plain_request(data)
+            begun, self._begun = self._begun, b""
+            whole = begun + data
+            request = plain_request(whole)
             if request is not None and request.missing_bytes:
-                if self._is_idle and len(data) + request.missing_bytes <= MAX_HELD_BYTES:
-                    self._begun = data
+                if self._is_idle and len(whole) + request.missing_bytes <= MAX_HELD_BYTES:
+                    self._begun = whole
                     return
                 request = None
             self._at_boundary = request is not None
@@ -61,6 +61,8 @@ class Connection(web.RequestHandler):
                 if self._express.begin(request, self):
                     return
                 self._under_way = False
+            if begun:  # as it came: what follows a request can spoil it if they come together
+                super().data_received(begun)
         super().data_received(data)
 
     @property

@@ -3,183 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 import re
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from aiohttp import web
 
-from mesi_cache import config as configuration
-from mesi_cache.api import app as application
+sys.path.insert(0, str(Path(__file__).parent))
+
+from express_wire import HEAD, REQUESTS, Address, FakeNode, Wire, connected, get, listening, post
+
 from mesi_cache.api import connection
-from mesi_cache.api.events import EventHub
 from mesi_cache.api.express import Express, plain_request
-from mesi_cache.api.keys import Listener, Service
-from mesi_cache.core.records import Incr, Operation, Outcome, Write
-from mesi_cache.core.step import Answer, Changed, Found, Missing, Unavailable
-from mesi_cache.metrics import Metrics
+from mesi_cache.core.records import Outcome, Write
+from mesi_cache.core.step import Changed
 
-PROBLEM = b"Host: x\r\nAccept: application/problem+json\r\n"
-HEAD = b"Host: 127.0.0.1:8000\r\nAccept: */*\r\nX-Request-Id: r-1\r\n"
-
-
-Address = tuple[str, int]
-
-
-class FakeNode:
-    """Answers by the key. Keys named `wait…` wait for ever, `hit…` are answered at once."""
-
-    def __init__(self) -> None:
-        self.begun: list[tuple[str, Operation | None]] = []
-        self.short: list[bool] = []  # whether it came by the short way
-        self.waiting: asyncio.Queue[Listener] = asyncio.Queue()
-
-    def lookup(self, key: str) -> Found | None:
-        return Found(b'{"n":[1,2]}', 7, "S", True) if key.startswith("hit") else None
-
-    def begin(self, key: str, operation: Operation | None, listener: Listener) -> None:
-        self.begun.append((key, operation))
-        self.short.append(not isinstance(listener, asyncio.Future))
-        if key.startswith("wait"):
-            self.waiting.put_nowait(listener)
-            return
-        asyncio.get_running_loop().call_soon(listener.set_result, _answer(key, operation))
-
-    async def _asked(self, key: str, operation: Operation | None) -> Answer:
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.begin(key, operation, future)
-        return await future
-
-    async def read(self, key: str) -> Answer:
-        return await self._asked(key, None)
-
-    async def change(self, key: str, operation: Operation, name: str | None = None) -> Answer:
-        return await self._asked(key, operation)
-
-    def status(self) -> dict[str, object]:
-        return {"id": "a"}
-
-
-def _answer(key: str, operation: Operation | None) -> Answer:
-    if key == "gone":
-        return Unavailable(operation is None, "The key's home does not answer")
-    if operation is None:
-        return Missing() if key == "absent" else Found(b'"x"', 3, "E", False)
-    if key == "other":
-        refused = "not_integer" if isinstance(operation, Incr) else "mismatch"
-        return Changed(Outcome(refused, 5))
-    return Changed(Outcome("done", 4, b"41" if isinstance(operation, Incr) else None))
-
-
-class Wire:
-    """A raw client connection."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-
-    async def answer(self) -> tuple[bytes, dict[bytes, bytes], bytes]:
-        """Status line, headers, body."""
-        async with asyncio.timeout(20):
-            head = await self.reader.readuntil(b"\r\n\r\n")
-            first, *lines = head.rstrip().split(b"\r\n")
-            headers = {k.lower(): v for k, v in (line.split(b": ", 1) for line in lines)}
-            return first, headers, await self.reader.readexactly(int(headers[b"content-length"]))
-
-    async def ask(self, *chunks: bytes) -> tuple[bytes, dict[bytes, bytes], bytes]:
-        for chunk in chunks:
-            self.writer.write(chunk)
-            await self.writer.drain()
-            await asyncio.sleep(0.01)  # so that each arrives alone
-        return await self.answer()
-
-
-@asynccontextmanager
-async def listening(node: FakeNode, tmp_path: Path, *, short: bool) -> AsyncIterator[Address]:
-    config = configuration.parse(["--id=a", "--addr=127.0.0.1:8000", f"--data_dir={tmp_path}"])
-    service, metrics = cast("Service", node), Metrics()
-    runner = web.AppRunner(
-        application.build(service, config, metrics, EventHub(), []), handler_cancellation=True
-    )
-    await runner.setup()
-    express = Express(service, metrics, config.max_body_bytes) if short else None
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(connection.factory(runner, express), "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()
-    finally:
-        server.close()
-        await runner.cleanup()
-
-
-@asynccontextmanager
-async def connected(address: Address) -> AsyncIterator[Wire]:
-    wire = Wire(*await asyncio.open_connection(*address))
-    await asyncio.sleep(0.01)  # aiohttp's task of this connection begins to wait
-    try:
-        yield wire
-    finally:
-        wire.writer.close()
-        await wire.writer.wait_closed()
+SHORT = {
+    "hit", "punctuation", "escaped", "escaped twice", "longest key", "miss", "absent", "read 503",
+    "write", "write 503", "cas", "cas 409", "delete", "incr", "incr 409",
+}  # fmt: skip
 
 
 @asynccontextmanager
 async def serving(node: FakeNode, tmp_path: Path) -> AsyncIterator[Wire]:
     async with listening(node, tmp_path, short=True) as address, connected(address) as wire:
         yield wire
-
-
-def get(path: bytes, head: bytes = HEAD) -> bytes:
-    return b"GET %s HTTP/1.1\r\n%s\r\n" % (path, head)
-
-
-def post(path: bytes, body: bytes, head: bytes = HEAD) -> bytes:
-    return b"POST %s HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n%s" % (path, head, len(body), body)
-
-
-REQUESTS = {
-    "hit": get(b"/read?key=hit-1"),
-    "miss": get(b"/read?key=k.1_~"),
-    "absent": get(b"/read?key=absent"),
-    "read 503": get(b"/read?key=gone"),
-    "punctuation": get(b"/read?key=hit:a/b@c,d"),
-    "escaped": get(b"/read?key=hit%20%3a%2F%25%26%3D%2b%3f%7F%7e"),
-    "escaped twice": get(b"/read?key=hit%2541"),
-    "umlaut": get(b"/read?key=hit%C3%A4"),
-    "escaped control": get(b"/read?key=hit%0a"),
-    "broken escape": get(b"/read?key=hit%4"),
-    "longest key": get(b"/read?key=hit" + b"k" * 252 + b"%20"),
-    "plus": get(b"/read?key=hit+a"),
-    "no key": get(b"/read"),
-    "empty key": get(b"/read?key="),
-    "long key": get(b"/read?key=hit" + b"k" * 254),
-    "equals": get(b"/read?key=hit=a"),
-    "unknown parameter": get(b"/read?kay=hit"),
-    "two parameters": get(b"/read?key=hit&key=hit"),
-    "head": get(b"/read?key=hit").replace(b"GET", b"HEAD"),
-    "write": post(b"/write", b'{"key":"a","value":{"n": [1, 2]},"ttl_ms":9}'),
-    "write 503": post(b"/write", b'{"key":"gone","value":1}'),
-    "cas": post(b"/cas", b'{"key":"a","expected_version":3,"value":null}'),
-    "cas 409": post(b"/cas", b'{"key":"other","expected_version":3,"value":1}'),
-    "delete": post(b"/delete", b'{"key":"\\u00e4"}'),
-    "incr": post(b"/incr", b'{"key":"a","by":40}'),
-    "incr 409": post(b"/incr", b'{"key":"other"}'),
-    "bad field": post(b"/write", b'{"key":1,"value":1}'),
-    "lone surrogate": post(b"/write", b'{"key":"a","value":"\\ud800"}'),
-    "no json": post(b"/write", b"{"),
-    "with a query": post(b"/write?key=a", b'{"key":"a","value":1}'),
-    "wrong verb": post(b"/read?key=hit", b""),
-    "status": get(b"/status"),
-    "unknown": get(b"/nothing"),
-    "problem": get(b"/read?key=absent", PROBLEM),
-    "foreign page": post(b"/write", b'{"key":"a","value":1}', HEAD + b"Origin: http://evil\r\n"),
-}
-SHORT = {
-    "hit", "punctuation", "escaped", "escaped twice", "longest key", "miss", "absent", "read 503",
-    "write", "write 503", "cas", "cas 409", "delete", "incr", "incr 409",
-}  # fmt: skip
 
 
 async def test_both_ways_give_the_same_answer(
@@ -200,7 +53,8 @@ async def test_both_ways_give_the_same_answer(
     ):
         for name, request in REQUESTS.items():
             taken.clear()
-            assert await _asked(short, request) == await _asked(long, request), name
+            one, other = await asyncio.gather(_asked(short, request), _asked(long, request))
+            assert one == other, name
             assert nodes[0].begun == nodes[1].begun, name
             assert (taken == [True]) == (name in SHORT), name
 
@@ -295,6 +149,80 @@ async def test_a_request_in_pieces_never_begins_in_the_middle(tmp_path: Path) ->
         async with serving(node, tmp_path) as wire:
             await wire.ask(*pieces)
             assert node.begun == []
+
+
+# --- broken requests ------------------------------------------------------------------------------
+
+PIECES = (
+    b"\r\n", b"\n", b"\r", b" ", b":", b"%", b"%41", b"?", b"&", b"=", b"#", b"\0", b"\xff", b"\t",
+    b"/", b"..", b"+", b"HTTP/1.0", b"Content-Length: 3\r\n", b"content-length:0\r\n",
+    b"Transfer-Encoding: chunked\r\n", b"Host: y\r\n", b"Connection: close\r\n",
+    b"X-Request-Id:\r\n", b"x-request-id: a b\r\n", b"Accept:\t*/*\r\n",
+    b"content-type: text/plain; charset=x\r\n",
+)  # fmt: skip
+LAST = get(b"/read?key=hit", b"Host: a\r\nX-Request-Id: last\r\n")
+
+
+def _broken(rng: random.Random) -> Sequence[bytes]:
+    """A request with a few mistakes, in one piece or two."""
+    request = bytearray(rng.choice(list(REQUESTS.values())))
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+        at = rng.choice((rng.randrange(len(request)), request.find(b"\r\n") + 2))
+        match rng.randrange(3):
+            case 0:
+                request[at:at] = rng.choice(PIECES)
+            case 1:
+                del request[at : at + rng.choice((1, 2, 5))]
+            case _:
+                request[at : at + 1] = bytes((rng.randrange(256),))
+    cut = rng.choice((0, rng.randrange(len(request))))
+    return (bytes(request[:cut]), bytes(request[cut:])) if cut else (bytes(request),)
+
+
+async def _seen(address: Address, chunks: Sequence[bytes]) -> list[list[bytes]]:
+    """All that comes back for `chunks` and one more request, as lines without order."""
+    seen = b""
+    async with connected(address) as wire:
+        try:
+            for chunk in (*chunks, LAST):
+                wire.writer.write(chunk)
+                await wire.writer.drain()
+                await asyncio.sleep(0.01)
+            async with asyncio.timeout(0.5):
+                while piece := await wire.reader.read(65_536):
+                    seen += piece
+                    if b"X-Request-Id: last" in seen and seen.endswith(b"}"):
+                        break
+                else:
+                    seen += b"closed"
+        except TimeoutError:
+            seen += b"it waits for more"
+        except ConnectionError:
+            seen += b"closed"
+    seen = re.sub(rb"Date: [^\r]*|X-Request-Id: [0-9a-f]{12}-[0-9a-f]+", b"", seen)
+    return [sorted(part.split(b"\r\n")) for part in seen.split(b"\r\n\r\n")]
+
+
+async def test_broken_requests_are_answered_alike(tmp_path: Path) -> None:
+    nodes, rng = (FakeNode(), FakeNode()), random.Random(int(os.environ.get("FUZZ_SEED", "5")))
+    at_once = asyncio.Semaphore(8)
+    async with (
+        listening(nodes[0], tmp_path / "0", short=True) as short,
+        listening(nodes[1], tmp_path / "1", short=False) as long,
+    ):
+
+        async def compare(chunks: Sequence[bytes]) -> None:
+            async with at_once:
+                for _ in range(3):  # how bytes arrive, and when, is not quite in our hands
+                    one, other = await asyncio.gather(_seen(short, chunks), _seen(long, chunks))
+                    if one == other:
+                        return
+            assert one == other, chunks
+
+        cases = int(os.environ.get("FUZZ", "64"))
+        await asyncio.gather(*(compare(_broken(rng)) for _ in range(cases)))
+    assert any(nodes[0].short)
+    assert not any(nodes[1].short)
 
 
 @pytest.mark.parametrize(
