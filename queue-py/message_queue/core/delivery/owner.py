@@ -22,6 +22,7 @@ from message_queue.core.delivery import stored
 from message_queue.core.delivery.answers import created, returned
 from message_queue.core.delivery.backlog import Purged, Shelf, ShelfPart
 from message_queue.core.delivery.dedupe import DedupeWindow, Mark
+from message_queue.core.delivery.intake import take_in
 from message_queue.core.delivery.leases import decode_leases, encode_leases
 from message_queue.core.delivery.model import (
     Ended,
@@ -34,20 +35,18 @@ from message_queue.core.delivery.model import (
 from message_queue.core.delivery.partition import PartitionDelivery
 from message_queue.core.delivery.pending import (
     Configuring,
-    New,
     Pending,
     Settling,
     Storing,
     spans_of,
 )
-from message_queue.core.delivery.stored import DEDUPE_WINDOW_MS, DedupeMark, MessageMeta
+from message_queue.core.delivery.stored import DedupeMark, MessageMeta
 from message_queue.core.ids import message_id, pack_dot
 from message_queue.core.operations import (
     Answer,
     Configure,
     Extend,
     Nack,
-    NewMessage,
     Produce,
     Results,
     Settle,
@@ -55,7 +54,7 @@ from message_queue.core.operations import (
     unknown_outcome,
 )
 from message_queue.core.replication.dots import DotSet
-from message_queue.core.replication.drafts import AckDraft, Draft, PutDraft, RunDraft, SetDraft
+from message_queue.core.replication.drafts import AckDraft, Draft, SetDraft
 
 SETTINGS_KEY = "queue/"
 NOTE_KEY = "note/"
@@ -171,68 +170,24 @@ class PartitionOwner:
             held = self.delivery.length(queue) + self._storing[queue]
             if held + len(op.messages) > limit:
                 return refusal(429, "Queue is full", 1, queue=queue, max_length=limit)
-        pieces: list[int | Mark] = []
-        marked: list[tuple[int, NewMessage, Mark]] = []
-        new: list[New] = []
-        bodies: list[bytes] = []
-        like: NewMessage | None = None
-        count = 0
-
-        def end_run() -> None:
-            if like is not None:
-                meta = stored.meta_of(queue, like, now_ms, wall_ms)
-                run = New(count - len(bodies), meta, tuple(bodies))
-                new.append(run)
-                self._drafts.append(RunDraft(stored.encode(meta), run.bodies))
-                self.storing_bytes += run.body_bytes
-                bodies.clear()
-
-        for message in op.messages:
-            if message.dedupe_id is not None:
-                key = (queue, message.dedupe_id, message.moved)
-                mark = self._window.find(key, now_ms)
-                if mark is not None:
-                    pieces.append(mark)
-                    continue
-                mark = Mark(0, 0, now_ms + DEDUPE_WINDOW_MS)
-                self._window.add(key, mark)
-                marked.append((count, message, mark))
-            if like is None or not stored.alike(like, message):
-                end_run()
-                like = message
-            bodies.append(message.body)
-            pieces.append(count)
-            count += 1
-        end_run()
-        marks = self._mark(queue, marked, count)
-        self._storing[queue] += count
+        intake = take_in(op, self._window, now_ms, wall_ms)
+        self._drafts += intake.drafts
+        self._storing[queue] += intake.messages
+        self.storing_bytes += sum(new.body_bytes for new in intake.new)
         self._gathered.append(
             Storing(
                 token=token,
-                drafts=len(new) + len(marks),
-                seqs=count + len(marks),
+                drafts=len(intake.drafts),
+                seqs=intake.messages + len(intake.marks),
                 queue=queue,
                 batch=op.batch,
-                pieces=pieces,
-                new=tuple(new),
-                messages=count,
-                marks=marks,
+                pieces=intake.pieces,
+                new=intake.new,
+                messages=intake.messages,
+                marks=intake.marks,
             )
         )
         return None
-
-    def _mark(
-        self, queue: str, marked: list[tuple[int, NewMessage, Mark]], at: int
-    ) -> tuple[tuple[int, int, Mark], ...]:
-        """Drafts the marks of new messages, to be stored behind the messages of their request."""
-        marks: list[tuple[int, int, Mark]] = []
-        for offset, message, mark in marked:
-            dedupe_id = message.dedupe_id or ""
-            meta = DedupeMark(queue, dedupe_id, at - offset, mark.until_ms, message.moved)
-            self._drafts.append(PutDraft(stored.encode(meta), b""))
-            marks.append((at, offset, mark))
-            at += 1
-        return tuple(marks)
 
     def settle(self, token: int, op: Settle) -> Answer | None:
         """Acknowledge. The answer's body is a `Results`."""
