@@ -116,6 +116,7 @@ class LockNode(RaftNode):
         self.clock = ClusterClock()
         self.desk = Desk()
         self.logged_ms = 0
+        self.begun_term = 0
 
     @property
     def leads(self) -> bool:
@@ -162,6 +163,8 @@ class LockNode(RaftNode):
         if not self.leads:
             self.desk.refuse_mail(LookupError("not the leader"))
             return
+        if self.begun_term != self.core.term:
+            self._begin_term()
         cluster_ms = self.clock.observe(self.host.now_ms())
         self.core.advance_stamp(cluster_ms)
         while self.desk.has_mail and self.desk.batches_under_way < BATCHES_UNDER_WAY:
@@ -171,6 +174,12 @@ class LockNode(RaftNode):
         if due is not None and cluster_ms >= due and not self.desk.batches_under_way:
             self._propose_batch([], cluster_ms)
             self.host.cover("stamps")
+
+    def _begin_term(self) -> None:
+        self.begun_term = self.core.term
+        self.clock.lead(max(self.core.stamp_ms, self.machine.locks.now_ms), self.host.now_ms())
+        self.logged_ms = self.clock.now_ms
+        self.desk.put_back([Pending(LeaderStarted(), None)])
 
     def _stamp_due_ms(self) -> int | None:
         due = self.machine.locks.next_due_ms()
@@ -214,11 +223,6 @@ class LockNode(RaftNode):
         super()._note(note)
         match note:
             case WonElection():
-                self.clock.lead(
-                    max(self.core.stamp_ms, self.machine.locks.now_ms), self.host.now_ms()
-                )
-                self.logged_ms = self.clock.now_ms
-                self.desk.submit(LeaderStarted(), None)
                 self._propose()
             case SteppedDown():
                 self.clock.follow()

@@ -1,8 +1,9 @@
 """Cluster time: milliseconds that pass only while a leader lets them pass (guarantee 8).
 
-The leader's monotonic clock drives it. A new leader goes on from the highest time it heard, so an
-election costs the leases nothing; a step of more than MAX_STEP_MS counts as that much, so a leader
-that was stopped, or a machine that slept, does not expire everybody on waking.
+The leader's monotonic clock drives it. A new leader goes on from the highest time that it heard of
+the leader before it, so an election costs the leases nothing; a step of more than MAX_STEP_MS
+counts as that much, so a leader that was stopped, or a machine that slept, does not expire
+everybody on waking.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ MAX_STEP_MS = 500
 
 
 class ClusterClock:
-    """Invariant: `now_ms` never goes back."""
+    """Invariant: `now_ms` never goes back while this node leads."""
 
     __slots__ = ("_seen_ms", "now_ms")
 
@@ -20,8 +21,9 @@ class ClusterClock:
         self._seen_ms: int | None = None
 
     def lead(self, from_ms: int, monotonic_ms: int) -> None:
-        """This node leads from now on; `from_ms` is the highest cluster time it knows of."""
-        self.now_ms = max(self.now_ms, from_ms)
+        """This node leads from now on, at `from_ms`. What it let pass when it led before, others
+        may have never heard of: then that time has not passed."""
+        self.now_ms = from_ms
         self._seen_ms = monotonic_ms
 
     def follow(self) -> None:

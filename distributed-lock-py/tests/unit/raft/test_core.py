@@ -12,6 +12,7 @@ from lock_manager.core.raft import (
     Entry,
     EntryKind,
     HardState,
+    InstallSnapshot,
     Member,
     RaftConfig,
     RaftCore,
@@ -25,7 +26,7 @@ from lock_manager.core.raft import (
     WonElection,
 )
 
-from .one_core import leader, make, settle
+from .one_core import MEMBERS, leader, make, settle
 
 # -------------------------------------------------------------------------- what must precede what
 
@@ -279,3 +280,28 @@ def test_a_single_node_leads_and_commits_alone() -> None:
     assert [e.payload for one in settle(core) for e in one.committed] == [b"x"]
     core.read_index(9)
     assert [ready.read_id for one in settle(core) for ready in one.reads_ready] == [9]
+
+
+def test_cluster_time_is_the_newest_leaders_also_if_an_older_one_let_more_pass() -> None:
+    core = leader()
+    core.advance_stamp(1_099)  # cut off meanwhile: nobody hears of it
+    heartbeat = {"sender": 2, "to": 1, "prev_index": 1, "prev_term": 1}
+    core.step(AppendEntries(term=2, stamp_ms=454, **heartbeat), 10)  # type: ignore[arg-type]
+    assert core.stamp_ms == 454
+    core.step(AppendEntries(term=2, stamp_ms=470, **heartbeat), 20)  # type: ignore[arg-type]
+    core.step(AppendEntries(term=2, stamp_ms=460, **heartbeat), 30)  # type: ignore[arg-type]
+    assert core.stamp_ms == 470  # of one leader, the latest
+    chunk = InstallSnapshot(
+        sender=3,
+        to=1,
+        term=3,
+        index=5,
+        index_term=2,
+        configuration=MEMBERS,
+        offset=0,
+        data=b"s",
+        total_bytes=9,
+        stamp_ms=465,
+    )
+    core.step(chunk, 40)
+    assert core.stamp_ms == 465

@@ -36,8 +36,8 @@ Outputs:
 
 Read-only: `role`, `term`, `leader_id`, `voted_for`, `commit_index`, `handed_out` (last index given
 in `committed`), `last_index`, `snapshot_index`, `configuration`, `configuration_index`, `stamp_ms`
-(highest heard), `transferring`, `progress()` (on the leader one `PeerProgress` per peer),
-`entry_term(index)`, `next_deadline_ms`.
+(cluster time as the newest leader told it), `transferring`, `progress()` (on the leader one
+`PeerProgress` per peer), `entry_term(index)`, `next_deadline_ms`.
 
 The loop that obeys it:
 

@@ -186,8 +186,8 @@ class RaftCore:
         return changes.remove(self.state, node_id)
 
     def advance_stamp(self, stamp_ms: int) -> None:
-        """Cluster time for the following messages; it never goes back."""
-        self.state.stamp_ms = max(self.state.stamp_ms, stamp_ms)
+        """The leader's cluster time, for the following messages; it never goes back."""
+        self.state.hear_time(max(self.state.stamp_ms, stamp_ms))
 
     def snapshot_taken(self, index: int, data: bytes, keep_entries: int = 0) -> None:
         """`data` is the machine's state after applying `index`. Ignored if a later snapshot came

@@ -30,7 +30,7 @@ def on_append(state: State, append: AppendEntries) -> None:
         state.notes.append(Suspicious(append.sender, "sent entries that cannot be a log"))
         return
     roles.follow(state, append.sender)
-    state.stamp_ms = max(state.stamp_ms, append.stamp_ms)
+    state.hear_time(append.stamp_ms)
     log, following = state.log, state.following
     new_round = append.read_round > following.round_echoed
     following.round_echoed = max(following.round_echoed, append.read_round)

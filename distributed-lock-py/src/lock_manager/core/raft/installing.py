@@ -22,7 +22,7 @@ def on_install_snapshot(state: State, chunk: InstallSnapshot) -> None:
         state.notes.append(Suspicious(chunk.sender, "offers a snapshot that cannot be one"))
         return
     roles.follow(state, chunk.sender)
-    state.stamp_ms = max(state.stamp_ms, chunk.stamp_ms)
+    state.hear_time(chunk.stamp_ms)
     state.following.round_echoed = max(state.following.round_echoed, chunk.read_round)
     if chunk.index <= state.commit_index:
         following.acknowledge(state, force=True)

@@ -113,6 +113,7 @@ class State:
         "restore",
         "role",
         "stamp_ms",
+        "stamp_term",
         "term",
         "voted_for",
         "votes",
@@ -138,6 +139,7 @@ class State:
         self.commit_index = restored.snapshot.index
         self.handed_out = restored.snapshot.index
         self.stamp_ms = 0
+        self.stamp_term = 0  # whose leader said so, last of all
         self.votes: dict[int, bool] = {}
         self.leading: Leading | None = None
         self.following = Following(self.commit_index)
@@ -154,6 +156,15 @@ class State:
         self.deferred: deque[tuple[int, Message]] = deque()
 
     # ------------------------------------------------------------------------- elementary changes
+
+    def hear_time(self, stamp_ms: int) -> None:
+        """Cluster time of this term's leader, which alone lets it pass.
+
+        What an earlier leader told, be it this node itself, may be more: it let time pass that its
+        successor never heard of, while nobody could be granted anything. To go on from there would
+        end the leases that the successor granted too soon."""
+        known_ms = self.stamp_ms if self.stamp_term == self.term else 0
+        self.stamp_ms, self.stamp_term = max(known_ms, stamp_ms), self.term
 
     def send(self, message: Message) -> None:
         self.messages.append(message)
