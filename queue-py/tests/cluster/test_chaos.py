@@ -1,7 +1,7 @@
 """Everything at once on real nodes: kills, stops, pauses, cuts in any direction, power cuts, while
 clients produce, consume and ack; judged by total-queue.
 
-Eight seconds by default; ``SOAK=5`` goes on for five minutes, ``CHAOS_SEED`` draws others. Faults
+Five seconds by default; ``SOAK=5`` goes on for five minutes, ``CHAOS_SEED`` draws others. Faults
 are drawn from the seed, their interleaving with the clients is the machine's: a failure is kept as
 ``chaos.jsonl`` in pytest's folder.
 """
@@ -108,7 +108,7 @@ async def test_chaos_loses_nothing_and_brings_nothing_back(tmp_path: Path) -> No
             for n in range(3)
         ]
         chaos = Chaos(cluster, seed)
-        until_s = time.monotonic() + (60 * soak_minutes or 8)
+        until_s = time.monotonic() + (60 * soak_minutes or 5)
         try:
             while time.monotonic() < until_s:
                 await chaos.strike()

@@ -80,13 +80,13 @@ def test_the_delivery_machine_on_top_delivers_everything_and_nothing_twice_acked
 
 
 def test_nodes_come_and_go_while_it_serves() -> None:
-    coverage = many(CALM_MOVES, seeds(4))
+    coverage = many(CALM_MOVES, seeds(2))
     for name, times in {"join_finished": 2, "leave_finished": 1, "dismissed": 3}.items():
-        coverage.require(name, times * len(seeds(4)))
+        coverage.require(name, times * len(seeds(2)))
 
 
 def test_a_changing_ring_loses_nothing_whoever_fails_in_the_middle() -> None:
-    coverage = many(MOVES, seeds(10))
+    coverage = many(MOVES, seeds(6))
     for name, times in {
         "join_finished": 200,
         "leave_finished": 120,
@@ -100,13 +100,13 @@ def test_a_changing_ring_loses_nothing_whoever_fails_in_the_middle() -> None:
         "machine_reused": 50,
         "settled": 800,
     }.items():
-        coverage.require(name, times * len(seeds(10)) // 140)
+        coverage.require(name, times * len(seeds(6)) // 140)
 
 
 def test_a_changing_ring_survives_a_lost_disk() -> None:
-    coverage = many(MOVES_WIPES, seeds(5))
-    coverage.require("fault_wipe", len(seeds(5)) // 3)
-    coverage.require("join_finished", len(seeds(5)))
+    coverage = many(MOVES_WIPES, seeds(4))
+    coverage.require("fault_wipe", len(seeds(4)) // 3)
+    coverage.require("join_finished", len(seeds(4)))
 
 
 def test_a_fault_in_the_middle_of_any_phase_of_a_change_loses_nothing() -> None:
