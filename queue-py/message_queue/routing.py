@@ -421,7 +421,22 @@ class Router:
             return None
         now_s = asyncio.get_running_loop().time()
         absent = sum(now_s - since > HANDOVER_S for since in self._ownerless_since.values())
-        return f"{absent} of {PARTITIONS} partitions have no owner" if absent else None
+        if not absent:
+            return None
+        missing = self._missing_founders()
+        return f"{absent} of {PARTITIONS} partitions have no owner" + (
+            f"; a new cluster waits for {', '.join(missing)}" if missing else ""
+        )
+
+    def _missing_founders(self) -> list[str]:
+        """Who has to come before a cluster that this node knows nothing of can be founded."""
+        node = self._node
+        ring = node.replicator.ring
+        states = node.store.states
+        if ring.version > 1 or any(states[p].promised for p in self._ownerless_since):
+            return []
+        absent = set(node.addresses) - node.links.connected - {node.config.position}
+        return [node.addresses[p] for p in sorted(absent)]
 
     async def change_ring(self, join: bool, addr: str) -> Answer:
         """See `api.keys.Service`."""

@@ -14,7 +14,6 @@ from msgspec import Meta
 
 from message_queue.api.errors import ApiError
 from message_queue.api.schemas import (
-    LONG_NUMBER,
     MAX_JSON_DEPTH,
     ExtendBody,
     MessageId,
@@ -24,6 +23,7 @@ from message_queue.api.schemas import (
     Receipt,
     Visibility,
     decode_json,
+    may_hold_long_number,
 )
 from message_queue.core.operations import MAX_BATCH, Answer
 
@@ -163,7 +163,7 @@ def parse(frame: bytes) -> list[Item | Bad]:
             frame.decode()
         if not frame.lstrip(b" \t\r\n").startswith(b"["):
             return [_one(frame)]
-        if LONG_NUMBER.search(frame) is None:
+        if not may_hold_long_number(frame):
             items = _items.decode(frame)
             if len(items) <= MAX_ITEMS and not _deep(frame, items):
                 return list(items)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from testkit.cluster import Cluster
+from testkit.cluster import Cluster, Reply
 
 from .http_calls import get, post, produce, put, somebody_waits
 from .nodes import owner_of, queue_cluster, until
@@ -18,8 +18,25 @@ pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    async with queue_cluster(tmp_path_factory.mktemp("walkthrough")) as cluster:
+    cluster = queue_cluster(tmp_path_factory.mktemp("walkthrough"))
+    cluster.prepare()
+    try:
+        cluster.start(0)
+        cluster.start(1)
+        await until("two founders name the third", lambda: _waits_for_the_third(cluster))
+        await cluster.start_all()
         yield cluster
+    finally:
+        cluster.close()
+
+
+async def _waits_for_the_third(cluster: Cluster) -> bool:
+    async with cluster.client(0) as client:
+        reply = await client.get("/readyz")
+    if not isinstance(reply, Reply):
+        return False  # it does not listen yet
+    third = f"a new cluster waits for {cluster.views[2].bind()}"
+    return reply.status == 503 and str(reply.json["reason"]).endswith(third)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])

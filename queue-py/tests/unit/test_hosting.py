@@ -255,6 +255,59 @@ async def test_messages_without_memory_are_delivered_in_order_with_their_headers
         assert all(m["headers"] == {"n": m["body"]} for m in got)
 
 
+async def test_what_is_ready_is_leased_at_once_and_what_lies_on_disk_is_left_to_those_who_wait(
+    house: House,
+) -> None:
+    host = await house.host("q")
+    assert host.consume_now(Consume("q", 5, True)) is None, "nothing is there"
+    ids = await fill(house, "q", 7)
+    delivered = host.consume_now(Consume("q", 5, True))
+    assert delivered is not None
+    assert [m["id"] for m in msgspec.json.decode(delivered.answer.body)["messages"]] == ids[:5]
+    delivered.undo()
+    again = host.consume_now(Consume("q", 7))
+    assert again is not None
+    assert msgspec.json.decode(again.answer.body)["attempt"] == 1, "what was undone was no attempt"
+    again.undo()
+    host.owner.keep_bodies = house.memory.keep_bodies = False
+    ids = await fill(house, "p", 3)
+    other = await house.host("p")
+    other.owner.keep_bodies = False
+    ids += await fill(house, "p", 3)
+    for _ in range(3):
+        assert other.consume_now(Consume("p", 6, True)) is None
+    got = await consume(house, "p", 6)
+    assert [m["id"] for m in got] == ids
+    assert {m["attempt"] for m in got} == {1}
+
+
+async def test_who_stops_waiting_in_the_moment_of_the_grant_leaves_nothing_leased(
+    house: House,
+) -> None:
+    host = await house.host("q")
+    waiting = asyncio.create_task(host.consume(Consume("q", 1, False, 10_000)))
+    await asyncio.sleep(0)
+    polled = next(iter(host._polls.values()))
+    produced = asyncio.create_task(fill(house, "q", 1))
+    passes_on = host.after
+
+    def after() -> None:
+        passes_on()
+        if polled.done():
+            waiting.cancel()
+
+    host.after = after  # type: ignore[method-assign]  # the client hangs up in that very turn
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await produced
+    (message,) = await consume(house, "q", 1)
+    assert message["attempt"] == 1
+    timed = await host.consume(Consume("q", 1, False, 1))
+    assert timed is not None
+    assert timed.answer.status == 204
+    assert not host.owner.delivery.waiting()
+
+
 async def test_a_purge_ends_what_lies_only_on_disk_for_the_next_owner_too(house: House) -> None:
     await house.host("q")
     house.hosts[partition_of("q")].owner.keep_bodies = house.memory.keep_bodies = False
