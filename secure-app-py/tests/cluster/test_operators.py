@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
-import os
 import shutil
 import sqlite3
 import stat
 import subprocess
-from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from secure_store import cli
 from secure_store.client import Conflict, NotFound, SecureClient, Unauthenticated, Unavailable
 from secure_store.trust import Trust
 from testkit.cluster import Cluster
@@ -27,25 +23,8 @@ TOKEN = "token-admin-123"
 
 
 async def run(root: Path, *words: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    """A command, as main.py runs it, but in this process (a new one costs seconds) and in a thread
-    (the pair's clients go on meanwhile)."""
-
-    def typed() -> subprocess.CompletedProcess[str]:
-        out, err = io.StringIO(), io.StringIO()
-        before = os.environ.get("SECURE_STORE_TOKEN")
-        os.environ["SECURE_STORE_TOKEN"] = token
-        try:
-            with redirect_stdout(out), redirect_stderr(err), chdir(root):
-                code = cli.main(words)
-        except SystemExit as e:  # --help
-            code = int(e.code or 0)
-        finally:
-            os.environ.pop("SECURE_STORE_TOKEN")
-            if before is not None:
-                os.environ["SECURE_STORE_TOKEN"] = before
-        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
-
-    return await asyncio.to_thread(typed)
+    """A command, in a thread: the pair's clients go on meanwhile."""
+    return await asyncio.to_thread(kit.command, root, *words, SECURE_STORE_TOKEN=token)
 
 
 def client_of(cluster: Cluster, root: Path, token: str = TOKEN, **settings) -> SecureClient:
