@@ -261,6 +261,8 @@ class Node:
             log.error("partition %d: bodies are not on this disk: %s", partition, missing[:9])
             self.report_damage(partition, joined(missing))
             return
+        if state.sealed != epoch or not self.owns(partition):
+            return  # lost before it began, and nothing was there to look at on the way
         owner.restore_leases(gained.soft, self.cluster_ms())
         for sentence in unreadable:
             log.error("partition %d: unreadable %s", partition, sentence)

@@ -165,6 +165,7 @@ class SimNode:
         for lost in fx.lost:
             self.lost(lost)
         for gained in fx.gained:
+            assert all(lost.epoch != gained.epoch for lost in fx.lost), "gained what is lost"
             state = self.core.state(gained.partition)
             if self.core.may_serve(gained.partition, self.host.now_ms()):
                 # Not one that was paused while it was elected, and is long deposed.

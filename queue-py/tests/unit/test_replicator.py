@@ -230,6 +230,21 @@ def test_an_owner_serves_when_a_majority_has_its_seal_and_its_lease() -> None:
     assert isinstance(bench.core.propose(P, (PutDraft(b"", b"x"),), bench.now_ms + 541), NotOwner)
 
 
+def test_what_is_gained_and_lost_in_one_step_is_told_to_nobody() -> None:
+    bench = Bench(member())
+    bench.stand()
+    for peer in (0, 2):
+        bench.hear(peer, CanvassAnswer(P, EPOCH_A, True, EPOCH_A, Standing.MEMBER))
+    bench.synced()
+    epoch = 2 * MAX_NODES + 1
+    bench.hear(0, Promise(P, epoch, Standing.MEMBER, view()))
+    bench.synced()
+    later = Seal(P, 3 * MAX_NODES, 1, view(3 * MAX_NODES))
+    done = bench.hear(0, Stored(P, epoch, 0, False), later)
+    assert (done.gained, done.lost) == ([], [])
+    assert not bench.core.may_serve(P, bench.now_ms)
+
+
 def test_a_seal_on_one_disk_does_not_serve() -> None:
     bench = Bench(member())
     bench.stand()

@@ -257,7 +257,14 @@ class Offices:
         seat.tenure = None
         seat.elect_ms = max(seat.elect_ms, now_ms + self.config.patience_ms)
         if tenure.serving:
-            self._desk.fx.lost.append(Lost(seat.state.partition, tenure.epoch, clean))
+            # What was gained in this very step was told to nobody: there is nothing to lose.
+            fx = self._desk.fx
+            told = len(fx.gained)
+            fx.gained = [
+                g for g in fx.gained if (g.partition, g.epoch) != (tenure.partition, tenure.epoch)
+            ]
+            if len(fx.gained) == told:
+                fx.lost.append(Lost(seat.state.partition, tenure.epoch, clean))
         self._desk.note("owner_lost", seat.state.partition, tenure.epoch)
 
     def start_yield(
