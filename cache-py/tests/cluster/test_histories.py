@@ -78,8 +78,8 @@ async def test_soak(tmp_path: Path) -> None:
         await linked(cluster)
         calls = 0
         while not calls or time.monotonic() < until_s:
-            rng, seen = random.Random(seed), Counter[str]()
-            async with load_on(cluster, seed) as load:
+            rng, seen, undecided = random.Random(seed), Counter[str](), list[str]()
+            async with load_on(cluster, seed, undecided=undecided.append) as load:
                 for _ in range(5):
                     drawn = rng.sample(FAULTS, rng.choice((1, 1, 2, 2, 3)))
                     seen.update(fault.__name__ for fault in drawn)
@@ -96,8 +96,8 @@ async def test_soak(tmp_path: Path) -> None:
             kinds = dict(Counter(str(operation.status) for operation in history))
             print(
                 f"seed {seed}: {len(history)} calls, {kinds}, {load.asked_again} asked again, "
-                f"{dict(seen)}: linearizable",
+                f"{dict(seen)}: {undecided or 'linearizable'}",
                 flush=True,
             )
             seed += 1
-        print(f"{calls} calls, all linearizable")
+        print(f"{calls} calls")

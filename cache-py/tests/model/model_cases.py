@@ -84,7 +84,7 @@ SMALL: dict[str, Case] = {
 LARGE: dict[str, Case] = {
     "three nodes, a named change, a crash": Case(
         three_nodes([ONE], [NAMED_CAS], [NAMED_CAS]),
-        Budget(crash=1, repeat=1, time=(OVER, RESENT)), alike=("b", "c"), most_letters=3,
+        Budget(crash=1, drop=1, time=(OVER,)), alike=("b", "c"), most_letters=3,
     ),
     "a named change, whatever happens": Case(
         two_nodes([NAMED, READ], [MORE, NAMED]),
