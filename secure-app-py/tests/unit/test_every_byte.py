@@ -5,6 +5,7 @@ SOAK=1 flips every byte of the database that is in use; without it, every eleven
 
 from __future__ import annotations
 
+import io
 import os
 import sqlite3
 import sys
@@ -41,47 +42,43 @@ def chain(count: int) -> tuple[list[bytes], list[Head]]:
     return lines, heads
 
 
-def judge(path: Path, *heads: Head) -> Code:
-    return verify(raw_lines(path), KEY, heads).code
+def judge(older: bytes | None, newer: bytes, *heads: Head) -> Code:
+    """What is found in these two segments (their bytes; None: the file is gone), read as
+    `raw_lines` reads files."""
+    return verify([*io.BytesIO(older or b""), *io.BytesIO(newer)], KEY, heads).code
 
 
 def test_every_flipped_byte_of_the_audit_files_is_found_anchored_or_not(tmp_path: Path) -> None:
     lines, heads = chain(6)
-    older, newer = tmp_path / "audit.log.000001", tmp_path / "audit.log"
-    whole = {older: b"".join(lines[:3]), newer: b"".join(lines[3:])}
-    for path, raw in whole.items():
-        path.write_bytes(raw)
-    assert judge(newer) is judge(newer, *heads) is Code.OK
-    for path, raw in whole.items():
+    whole = [b"".join(lines[:3]), b"".join(lines[3:])]
+    for name, raw in zip(("audit.log.000001", "audit.log"), whole, strict=True):
+        (tmp_path / name).write_bytes(raw)
+    assert list(raw_lines(tmp_path / "audit.log")) == lines
+    assert judge(*whole) is judge(*whole, *heads) is Code.OK
+    for which, raw in enumerate(whole):
         for at in range(len(raw)):
             for bit in (0x01, 0x80) if at % 5 else (0x20, raw[at] ^ 0x0A or 0x04):
                 flipped = bytearray(raw)
                 flipped[at] ^= bit
-                path.write_bytes(bytes(flipped))
-                assert judge(newer) is not Code.OK, (path.name, at, bit)
-                assert judge(newer, heads[-1]) is not Code.OK, (path.name, at, bit)
-        path.write_bytes(raw)
+                found = list(whole)
+                found[which] = bytes(flipped)
+                assert judge(*found) is not Code.OK, (which, at, bit)
+                assert judge(*found, heads[-1]) is not Code.OK, (which, at, bit)
 
 
-def test_every_cut_of_the_audit_files_is_found_up_to_the_last_anchor(tmp_path: Path) -> None:
+def test_every_cut_of_the_audit_files_is_found_up_to_the_last_anchor() -> None:
     lines, heads = chain(6)
-    older, newer = tmp_path / "audit.log.000001", tmp_path / "audit.log"
-    older.write_bytes(b"".join(lines[:3]))
-    raw = b"".join(lines[3:])
+    first, raw = b"".join(lines[:3]), b"".join(lines[3:])
     borders = {0, len(lines[3]), len(lines[3] + lines[4])}
     for keep in range(len(raw)):
-        newer.write_bytes(raw[:keep])
-        assert judge(newer, heads[-1]) is Code.CUT
+        cut = raw[:keep]
+        assert judge(first, cut, heads[-1]) is Code.CUT
         # Without an anchor beyond it, a tail that is gone whole is not missed: that is documented.
-        assert judge(newer) is (Code.OK if keep in borders else Code.TORN)
-        assert judge(newer, heads[2]) is (Code.OK if keep in borders else Code.TORN)
-    newer.write_bytes(raw)
-    first = b"".join(lines[:3])
+        assert judge(first, cut) is (Code.OK if keep in borders else Code.TORN)
+        assert judge(first, cut, heads[2]) is (Code.OK if keep in borders else Code.TORN)
     for keep in range(len(first)):  # in the middle of the log no cut is only a torn line
-        older.write_bytes(first[:keep])
-        assert judge(newer) in (Code.DELETE, Code.EDIT), keep
-    older.unlink()
-    assert judge(newer) is Code.DELETE
+        assert judge(first[:keep], raw) in (Code.DELETE, Code.EDIT), keep
+    assert judge(None, raw) is Code.DELETE
 
 
 def test_every_flipped_byte_of_the_anchors_is_refused_or_takes_nothing_away(tmp_path) -> None:
