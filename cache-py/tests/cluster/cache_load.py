@@ -144,7 +144,7 @@ async def load_on(
 ) -> AsyncIterator[Load]:
     """The load runs inside; what it has seen must be linearizable, key by key.
 
-    `undecided` is told if so many changes of one key have an unknown outcome that the checker cannot
+    `undecided` is told if so many changes of a key have an unknown outcome that the checker cannot
     try all orders; without it that is an error as well.
     """
     load = Load(cluster, seed)

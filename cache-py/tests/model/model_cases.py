@@ -87,8 +87,8 @@ LARGE: dict[str, Case] = {
         Budget(crash=1, drop=1, time=(OVER,)), alike=("b", "c"), most_letters=3,
     ),
     "a named change, whatever happens": Case(
-        two_nodes([NAMED, READ], [MORE, NAMED]),
-        Budget(drop=1, repeat=1, crash=1, evict=1, time=(RESENT, OVER)), most_letters=3,
+        two_nodes([NAMED], [MORE, NAMED]),
+        Budget(drop=1, crash=1, evict=1, time=(OVER,)), most_letters=3,
     ),
     "three nodes that read and change": Case(
         three_nodes([READ], [MORE, READ], [MORE, READ]), alike=("b", "c"), most_letters=5
