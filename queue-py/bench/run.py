@@ -19,7 +19,9 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -266,8 +268,36 @@ async def fill(system: System, count: int) -> int:
     return count - left * BATCH
 
 
+_ECHO = """
+import socket
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    peer, _ = server.accept()
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while data := peer.recv(4096):
+        peer.sendall(data)
+"""
+
+
+def round_trip_us() -> float:
+    """p50 of 300 bytes to another process and back, both waiting in plain system calls."""
+    echo = subprocess.Popen([sys.executable, "-c", _ECHO], stdout=subprocess.PIPE)
+    assert echo.stdout is not None
+    took = []
+    with socket.create_connection(("127.0.0.1", int(echo.stdout.readline()))) as there:
+        there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(300):
+            began = time.perf_counter()
+            there.sendall(b"x" * 300)
+            there.recv(4096)
+            took.append((time.perf_counter() - began) * 1e6)
+    echo.wait(5)
+    return statistics.median(took)
+
+
 def floor(root: Path) -> None:
-    """What this disk takes for one synced append, alone."""
+    """What this disk takes for one synced append, and this machine for a round trip, alone. A
+    message that is stored on a majority costs two round trips and a sync at least."""
     took = []
     with (root / "floor").open("wb", buffering=0) as file:
         for _ in range(200):
@@ -276,8 +306,10 @@ def floor(root: Path) -> None:
             (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(file.fileno())
             took.append((time.perf_counter() - began) * 1e6)
     took.sort()
-    print(f"floor: an append and fdatasync p50 {took[100]:.0f} us, p90 {took[180]:.0f} us; "
-          f"load average {os.getloadavg()[0]:.1f}")  # fmt: skip
+    trip_us = round_trip_us()
+    print(f"floor: an append and fdatasync p50 {took[100]:.0f} us, p90 {took[180]:.0f} us; a round "
+          f"trip {trip_us:.0f} us; two and a sync {2 * trip_us + took[100]:.0f} us; load average "
+          f"{os.getloadavg()[0]:.1f}")  # fmt: skip
 
 
 async def run(args: argparse.Namespace, root: Path) -> None:
