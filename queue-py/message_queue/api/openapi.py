@@ -24,6 +24,7 @@ class Route:
     answers: dict[int, str] = field(default_factory=lambda: {200: "OK"})
     media_type: str = "application/json"
     description: str = ""
+    body_may_be_left_out: bool = False
 
 
 def document(routes: Sequence[Route], title: str) -> bytes:
@@ -77,7 +78,7 @@ def _operation(route: Route, components: dict[str, dict[str, object]]) -> dict[s
         operation["parameters"] = parameters
     if route.body is not None:
         operation["requestBody"] = {
-            "required": True,
+            "required": not route.body_may_be_left_out,
             "content": {
                 "application/json": {
                     "schema": {"$ref": f"#/components/schemas/{route.body.__name__}"}

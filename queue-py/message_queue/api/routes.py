@@ -32,6 +32,7 @@ from message_queue.api.schemas import (
     NoQuery,
     PeekQuery,
     ProduceBody,
+    RedriveBody,
     RedriveQuery,
     RingBody,
     RingQuery,
@@ -50,6 +51,7 @@ _ack = msgspec.json.Decoder(AckBody)
 _nack = msgspec.json.Decoder(NackBody)
 _extend = msgspec.json.Decoder(ExtendBody)
 _settings = msgspec.json.Decoder(SettingsBody)
+_redrive = msgspec.json.Decoder(RedriveBody)
 _ring = msgspec.json.Decoder(RingBody)
 _encode = msgspec.json.Encoder().encode
 _PAGE = files("message_queue.dashboard").joinpath("index.html").read_bytes()
@@ -135,8 +137,9 @@ async def delete(request: web.Request) -> web.Response:
 
 async def redrive(request: web.Request) -> web.Response:
     query = read_query(request, RedriveQuery)
-    service = request.app[SERVICE]
-    asked = service.redrive(queue_name(request), query.max, query.forward)
+    body = await read_json(request, _redrive) if await request.read() else RedriveBody()
+    most = body.max if query.max is None else query.max
+    asked = request.app[SERVICE].redrive(queue_name(request), most, query.forward)
     return respond(await guarded(asked))
 
 
@@ -246,7 +249,8 @@ ROUTES = (
     Route("DELETE", "/queues/{queue}/messages", purge, "Remove every message", query=RouteQuery,
           answers=_ROUTED),
     Route("POST", "/queues/{queue}/redrive", redrive, "Send dead letters back to their source",
-          query=RedriveQuery, answers={409: "A redrive is under way", **_ROUTED}),
+          body=RedriveBody, body_may_be_left_out=True, query=RedriveQuery,
+          answers={409: "A redrive is under way", **_ROUTED}),
     Route("GET", "/ring", ring, "Placement of queues and partitions", query=RingQuery),
     Route("POST", "/admin/join", join, "Let a node into the ring; progress on /events and /ring",
           body=RingBody, answers=_CHANGED),

@@ -138,6 +138,12 @@ class PeekQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forward: bool = True
 
 
+class RedriveBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The same in the body, which may be left out."""
+
+    max: Annotated[int, msgspec.Meta(ge=1, le=2**53)] | None = None
+
+
 class RedriveQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """POST /queues/{q}/redrive: `q` is the source, or the dead letter queue itself. Without `max`:
     all that are there."""

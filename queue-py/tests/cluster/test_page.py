@@ -340,6 +340,11 @@ async def test_dead_letters_bear_their_source_and_one_redrive_runs_at_a_time(
     assert not {letter["id"] for letter in letters} & set(ids)
     assert all(letter["headers"] == {"n": letter["body"]} for letter in letters)
     await put(client, "/queues/work", {"max_deliveries": 5, "visibility_ms": 30_000})
+    unknown = await post(client, "/queues/work/redrive", {"most": 1})
+    assert (unknown.status, unknown.json["field"]) == (400, "most")
+    some = await post(client, "/queues/work/redrive", {"max": 3})
+    assert (some.status, some.json["messages"]) == (200, 3)
+    await until("three are back", lambda: ready_is(client, "work", 3))
 
     owner = await owner_of(cluster, "work.dead")
     others = [cluster.client(owner) for _ in range(6)]
