@@ -50,7 +50,7 @@ async def _run(service: Service, arguments: Sequence[str], root: Path) -> _Ended
     finally:
         if child.returncode is None:
             child.kill()
-            await child.wait()
+            await child.communicate()  # to the end: an open pipe outlives the event loop otherwise
     assert child.returncode is not None
     return _Ended(child.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
 

@@ -275,6 +275,10 @@ def test_nodes_die_with_a_test_runner_that_is_killed(tmp_path: Path) -> None:
     runner = subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE)
     assert runner.stdout is not None
     pid = int(runner.stdout.readline())
+    deadline = time.monotonic() + 20
+    while b"setpriv" in Path(f"/proc/{pid}/cmdline").read_bytes():  # not on the leash yet
+        assert time.monotonic() < deadline, "the node never started"
+        time.sleep(0.02)
     runner.kill()
     runner.wait()
     runner.stdout.close()
