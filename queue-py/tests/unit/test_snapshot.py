@@ -142,12 +142,15 @@ async def test_what_was_withdrawn_for_a_snapshot_stays_withdrawn_when_it_is_gone
 async def test_a_segment_goes_only_when_no_snapshot_rests_on_it(tmp_path: Path) -> None:
     bench = await StoreBench(tmp_path, segment_bytes=1024).open()
     bench.persist(PromiseRecord(1, EPOCH, 1), seal(1))
-    for first in range(1, 41, 5):
+    for first in range(1, 201, 5):
         bench.persist(plain_puts(1, first, 4))
-        bench.persist(ack(1, first + 4, first, first + 1, first + 2))
+        # Nothing is left of the first segments, and a part of the later ones.
+        bench.persist(ack(1, first + 4, *range(first, first + (4 if first < 120 else 3))))
         await bench.settled()
     assert await bench.store.housekeeper.snapshot()
+    under = set(segments_in(tmp_path))
     await bench.store.compact()
+    assert under - set(segments_in(tmp_path)), "nothing was deleted under the snapshot"
     snapshot = read(path_in(tmp_path))
     assert snapshot is not None
     assert {mark.segment for mark in snapshot.end.marks} <= set(segments_in(tmp_path))
