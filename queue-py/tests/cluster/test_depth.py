@@ -120,7 +120,7 @@ async def test_a_redrive_of_thousands_goes_on_under_the_next_owner_without_a_dup
                 seen += [number_of(m) for m in reply.json["messages"]]
             assert sorted(seen) == list(range(count))
             # It is over: the next one finds nothing, and is not refused.
-            again = await ask(other, "POST", "/queues/sick/redrive")
+            again = await ask(other, "POST", "/queues/sick/redrive", {})
             assert (again.status, again.json["messages"]) == (200, 0)
 
 
