@@ -51,7 +51,7 @@ _ack = msgspec.json.Decoder(AckBody)
 _nack = msgspec.json.Decoder(NackBody)
 _extend = msgspec.json.Decoder(ExtendBody)
 _settings = msgspec.json.Decoder(SettingsBody)
-_redrive = msgspec.json.Decoder(RedriveBody)
+_redrive: msgspec.json.Decoder[RedriveBody | None] = msgspec.json.Decoder(RedriveBody | None)
 _ring = msgspec.json.Decoder(RingBody)
 _encode = msgspec.json.Encoder().encode
 _PAGE = files("message_queue.dashboard").joinpath("index.html").read_bytes()
@@ -137,8 +137,8 @@ async def delete(request: web.Request) -> web.Response:
 
 async def redrive(request: web.Request) -> web.Response:
     query = read_query(request, RedriveQuery)
-    body = await read_json(request, _redrive) if await request.read() else RedriveBody()
-    most = body.max if query.max is None else query.max
+    body = await read_json(request, _redrive) if await request.read() else None
+    most = body.max if body is not None and query.max is None else query.max
     asked = request.app[SERVICE].redrive(queue_name(request), most, query.forward)
     return respond(await guarded(asked))
 
