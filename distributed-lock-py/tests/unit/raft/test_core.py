@@ -305,3 +305,22 @@ def test_cluster_time_is_the_newest_leaders_also_if_an_older_one_let_more_pass()
     )
     core.step(chunk, 40)
     assert core.stamp_ms == 465
+
+
+def test_a_new_leader_answers_reads_only_after_an_entry_of_its_own_term() -> None:
+    core = make()
+    core.campaign(0)
+    settle(core)
+    core.step(VoteReply(sender=2, to=1, term=1, granted=True, pre_vote=True), 0)
+    settle(core)
+    core.step(VoteReply(sender=2, to=1, term=1, granted=True), 0)
+    core.read_index(7)
+    settle(core)
+    assert core.role is Role.LEADER
+    # The peer confirms that it still leads, but lacks the no-op: others may have committed more.
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=0, read_round=1), 1)
+    assert not [ready for one in settle(core) for ready in one.reads_ready]
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=1), 2)
+    settle(core)
+    core.step(AppendReply(sender=2, to=1, term=1, success=True, match_index=1, read_round=1), 3)
+    assert [(r.read_id, r.index) for one in settle(core) for r in one.reads_ready] == [(7, 1)]
