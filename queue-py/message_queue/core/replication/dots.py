@@ -151,16 +151,7 @@ class DotSet:
 
     def outside(self, spans: Spans) -> Spans:
         """The parts of some spans that are not here."""
-        out: list[Span] = []
-        for epoch, first, last in spans:
-            at = first
-            for _, low, high in self.within((epoch, first, last)):
-                if low > at:
-                    out.append((epoch, at, low - 1))
-                at = high + 1
-            if at <= last:
-                out.append((epoch, at, last))
-        return tuple(out)
+        return tuple(gap for span in spans for gap in gaps(span, self.within(span)))
 
     def runs(self) -> Iterator[Span]:
         """The spans of consecutive dots, one by one: sorted, disjoint, not touching."""
@@ -317,6 +308,17 @@ def joined(spans: Iterable[Span]) -> Spans:
         else:
             out.append((epoch, first, last))
     return tuple(out)
+
+
+def gaps(span: Span, inside: Spans) -> Iterator[Span]:
+    """The parts of a span that are not among these spans, which lie inside it and are sorted."""
+    epoch, at, last = span
+    for _, low, high in inside:
+        if low > at:
+            yield epoch, at, low - 1
+        at = high + 1
+    if at <= last:
+        yield epoch, at, last
 
 
 def well_formed(spans: Spans) -> bool:

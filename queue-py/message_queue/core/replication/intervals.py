@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from operator import itemgetter
 
 from message_queue.core.messages import Span, Spans
+from message_queue.core.replication.dots import gaps
 
 _first = itemgetter(0)
 
@@ -95,18 +96,11 @@ class Intervals:
 
     def without(self, span: Span) -> Spans:
         """The parts of a span that are not covered."""
-        epoch, at, last = span
+        epoch, first, _ = span
         runs = self._epochs.get(epoch)
-        if not runs or at > runs[-1][1]:
+        if not runs or first > runs[-1][1]:
             return (span,)
-        out: list[Span] = []
-        for _, low, high in self.within(span):
-            if low > at:
-                out.append((epoch, at, low - 1))
-            at = high + 1
-        if at <= last:
-            out.append((epoch, at, last))
-        return tuple(out)
+        return tuple(gaps(span, self.within(span)))
 
     def update(self, other: Intervals) -> None:
         for epoch, runs in other._epochs.items():
