@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 from secure_store.core.admission import is_open
@@ -85,17 +84,13 @@ class Sweeper:
         """Destroy these; False if that is not possible now. The line that tells of it is part of
         the record, as that of a client's write is."""
         keys = " ".join(self._audit_key(key) for key in dict.fromkeys(key for key, _ in values))
-        now_ms = time.time_ns() // 1_000_000
         who = f"node:{self._node_id}"
-        told = Audited(self._node_id, "expire", "", keys, "", now_ms, who)
+        told = Audited(self._node_id, "expire", "", keys, "", wall_ms(), who)
         ops = tuple(ExpireOp(key, version) for key, version in values)
-        try:
-            await self._engine.write(Write(ops, lambda _: b"", audited=told))
-        except (Rejected, OutcomeUnknown) as e:
-            log.debug("expired values are destroyed later: %s", e)
-            return False
-        self._metrics.values_expired += len(values)
-        return True
+        done = await self._write(Write(ops, lambda _: b"", audited=told))
+        if done:
+            self._metrics.values_expired += len(values)
+        return done
 
     async def _tokens(self) -> None:
         """Tokens that expired an hour ago are forgotten."""
@@ -103,10 +98,15 @@ class Sweeper:
             expired = self._view.head_tokens.expired(wall_ms() - TOKENS_AFTER_MS, TOKENS_BATCH)
             if expired and self._may_write():
                 ops = tuple(RevokeOp(accessor) for accessor in expired)
-                try:
-                    await self._engine.write(Write(ops, lambda _: b""))
-                except (Rejected, OutcomeUnknown, OpFailed) as e:
-                    log.debug("expired tokens are forgotten later: %s", e)
-                else:
+                if await self._write(Write(ops, lambda _: b"")):
                     self._note("tokens_swept", f"{len(expired)} expired tokens")
             await asyncio.sleep(TOKENS_S)
+
+    async def _write(self, write: Write) -> bool:
+        """False: not now. The next look finds what is left."""
+        try:
+            await self._engine.write(write)
+        except (Rejected, OutcomeUnknown, OpFailed) as e:
+            log.debug("what expired goes later: %r", e)
+            return False
+        return True
