@@ -6,12 +6,13 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TypeGuard
 
 import msgspec
 
+from testkit.checkers import total_queue
 from testkit.cluster import Cluster, HttpClient, NodeView, Outcome, Reply
 from testkit.history import History, Operation
 
@@ -46,6 +47,21 @@ async def until(what: str, condition: Callable[[], Awaitable[bool]]) -> None:
     while not await condition():
         assert time.monotonic() < give_up, f"not within {DEADLINE_S} s: {what}"
         await asyncio.sleep(0.05)
+
+
+def judged(history: History, stored: Set[str], save_as: Path, told: str) -> None:
+    """What the total-queue checker says of a history, with every duplicate explained; printed, and
+    asserted. One that fails is saved."""
+    verdict = total_queue.check(
+        history, leftovers=stored, causes=total_queue.CAUSES, slack_ms=CLOCK_SLACK_MS
+    )
+    if not verdict.valid:
+        history.save(save_as)
+    done = sum(o.status == "ok" for o in history)
+    doubt = sum(o.status == "unknown" for o in history)
+    print(f"{told}: {done} ok, {doubt} in doubt, {verdict}")
+    verdict.require()
+    assert done > 50
 
 
 async def owner_of(cluster: Cluster, queue: str, ask: int = 0) -> int:

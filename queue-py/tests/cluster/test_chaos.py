@@ -17,11 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from testkit.checkers import total_queue
 from testkit.cluster import Cluster
 from testkit.history import History
 
-from .nodes import CLOCK_SLACK_MS, configure, consumer, drained, producer, queue_cluster
+from .nodes import configure, consumer, drained, judged, producer, queue_cluster
 
 pytestmark = [
     pytest.mark.cluster,
@@ -117,13 +116,4 @@ async def test_chaos_loses_nothing_and_brings_nothing_back(tmp_path: Path) -> No
             stop.set()
             await asyncio.gather(*work)
         stored = await drained(cluster, QUEUES)
-        verdict = total_queue.check(
-            history, leftovers=stored, causes=total_queue.CAUSES, slack_ms=CLOCK_SLACK_MS
-        )
-        if not verdict.valid:
-            history.save(tmp_path / "chaos.jsonl")
-        done = sum(o.status == "ok" for o in history)
-        doubt = sum(o.status == "unknown" for o in history)
-        print(f"seed {seed}: {done} ok, {doubt} in doubt, faults {chaos.met}, {verdict}")
-        verdict.require()
-        assert done > 50
+        judged(history, stored, tmp_path / "chaos.jsonl", f"seed {seed}, faults {chaos.met}")

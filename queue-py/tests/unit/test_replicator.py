@@ -124,8 +124,9 @@ class Bench:
             assert self.now_ms - began < 5_000
         return self.now_ms - began
 
-    def elected(self) -> None:
-        """Node 1 becomes the owner of epoch B, all others consenting."""
+    def sealed_alone(self) -> int:
+        """Node 1 has a majority's promises, and its own disk has its seal; no other has. The epoch,
+        which is B."""
         self.stand()
         for peer in (0, 2):
             self.hear(peer, CanvassAnswer(P, EPOCH_A, True, EPOCH_A, Standing.MEMBER))
@@ -133,6 +134,11 @@ class Bench:
         epoch = 2 * MAX_NODES + 1
         self.hear(0, Promise(P, epoch, Standing.MEMBER, view()))
         self.synced()
+        return epoch
+
+    def elected(self) -> None:
+        """Node 1 becomes the owner of epoch B, all others consenting."""
+        epoch = self.sealed_alone()
         self.hear(0, Stored(P, epoch, 0, False))
         assert [g.epoch for g in self.last.gained] == [epoch]
         self.epoch = epoch
@@ -232,13 +238,7 @@ def test_an_owner_serves_when_a_majority_has_its_seal_and_its_lease() -> None:
 
 def test_what_is_gained_and_lost_in_one_step_is_told_to_nobody() -> None:
     bench = Bench(member())
-    bench.stand()
-    for peer in (0, 2):
-        bench.hear(peer, CanvassAnswer(P, EPOCH_A, True, EPOCH_A, Standing.MEMBER))
-    bench.synced()
-    epoch = 2 * MAX_NODES + 1
-    bench.hear(0, Promise(P, epoch, Standing.MEMBER, view()))
-    bench.synced()
+    epoch = bench.sealed_alone()
     later = Seal(P, 3 * MAX_NODES, 1, view(3 * MAX_NODES))
     done = bench.hear(0, Stored(P, epoch, 0, False), later)
     assert (done.gained, done.lost) == ([], [])
@@ -247,13 +247,7 @@ def test_what_is_gained_and_lost_in_one_step_is_told_to_nobody() -> None:
 
 def test_a_seal_on_one_disk_does_not_serve() -> None:
     bench = Bench(member())
-    bench.stand()
-    for peer in (0, 2):
-        bench.hear(peer, CanvassAnswer(P, EPOCH_A, True, EPOCH_A, Standing.MEMBER))
-    bench.synced()
-    epoch = 2 * MAX_NODES + 1
-    bench.hear(0, Promise(P, epoch, Standing.MEMBER, view()))
-    bench.synced()
+    bench.sealed_alone()
     assert not bench.last.gained
     assert not bench.core.may_serve(P, bench.now_ms)
 
