@@ -65,10 +65,14 @@ serve(flags.get("http_addr") or flags["addr"])
 
 
 def free_base() -> int:
-    """A PORT_BASE whose whole range (Raft included) is free just now."""
+    """A PORT_BASE whose whole range (Raft included) is free just now. Each of pytest's processes
+    has ranges of its own: what another one is about to take still looks free."""
     chance = random.Random()
+    workers = min(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 8)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
+    low, high = (11_000 + (30_000 - 11_000) * n // workers for n in (worker, worker + 1))
     for _ in range(200):
-        base = chance.randrange(12000, 30000, 500)
+        base = chance.randrange(low + 1000, high - 302)
         wanted = [base - 1000 + k for k in range(3)]
         wanted += [base + offset + k for offset in (0, 100, 200, 300) for k in range(3)]
         if all(_free(port) for port in wanted):

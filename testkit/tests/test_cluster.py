@@ -276,7 +276,8 @@ def test_nodes_die_with_a_test_runner_that_is_killed(tmp_path: Path) -> None:
     assert runner.stdout is not None
     pid = int(runner.stdout.readline())
     deadline = time.monotonic() + 20
-    while b"setpriv" in Path(f"/proc/{pid}/cmdline").read_bytes():  # not on the leash yet
+    # Not on the leash yet: setpriv, or (empty) a program whose exec is not over.
+    while b"setpriv" in (line := Path(f"/proc/{pid}/cmdline").read_bytes()) or not line:
         assert time.monotonic() < deadline, "the node never started"
         time.sleep(0.02)
     runner.kill()
