@@ -45,6 +45,16 @@ def test_a_large_take_across_runs_gives_each_message_its_own_body() -> None:
     assert take(sut, 3 * RUN) == [*range(1, 41), *range(50, 70)]
 
 
+def test_what_comes_back_among_the_waiting_keeps_its_place_also_for_who_takes_one() -> None:
+    """Fewer than are drawn from the backlog at once: these are called into the line."""
+    sut = PartitionDelivery(3)
+    store(sut, 1)
+    store(sut, 21, count=1, ready_at_ms=5)
+    store(sut, 22, count=100)
+    sut.tick(5)
+    assert [take(sut, 1, now=5) for _ in range(24)] == [[n] for n in range(1, 25)]
+
+
 def test_a_purge_of_waiting_messages_gives_their_memory_back() -> None:
     sut = PartitionDelivery(3)
     store(sut, 1)

@@ -32,7 +32,10 @@ class ClusterClock:
 
     def hear(self, cluster_ms: int) -> None:
         """A peer's cluster time, or a stored one. `advance` first: what is compared must be of the
-        same moment, or the clocks of a cluster push each other on."""
+        same moment, or the clocks of a cluster push each other on. And one less: up to a
+        millisecond of the own reading is not shown, so that taking over a peer's as it is would
+        run ahead of that peer, which would take over that, and so on."""
+        cluster_ms -= 1
         if cluster_ms > self.ms:
             if self.ms:
                 self._jumped_ms += cluster_ms - self.ms
