@@ -133,7 +133,7 @@ class Mover:
         for entry, body in zip(entries, bodies, strict=True):
             source_id = message_id(host.partition, entry.dot)
             origin = Origin(
-                source_id, entry.queue, "max_deliveries", entry.attempt, entry.priority, entry.group
+                source_id, entry.queue, "max_deliveries", entry.seen, entry.priority, entry.group
             )
             past = _json.encode(origin)[1:-1]
             letters.append(

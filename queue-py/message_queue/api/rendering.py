@@ -50,6 +50,7 @@ def _parts(
             before is None
             or entry.queue != before.queue
             or entry.attempt != before.attempt
+            or entry.unseen != before.unseen
             or entry.epoch != before.epoch
             or entry.wall_ms != before.wall_ms
             or entry.headers != before.headers
@@ -66,7 +67,7 @@ def _parts(
 
 def _tail(entry: Entry, receipt: bool) -> bytes:
     """What comes after the body."""
-    parts = [b',"headers":%b,"attempt":%d' % (entry.headers or b"{}", entry.attempt)]
+    parts = [b',"headers":%b,"attempt":%d' % (entry.headers or b"{}", entry.seen)]
     if receipt:
         parts.append(b',"receipt":"%d.%d"' % (entry.epoch, entry.attempt))
     parts.append(b',"enqueued_at":"%b"' % timestamp(entry.wall_ms).encode())

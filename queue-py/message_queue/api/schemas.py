@@ -34,7 +34,8 @@ Delay = Annotated[int, Meta(ge=0, le=MAX_DELAY_MS)]
 Lifetime = Annotated[int, Meta(ge=1, le=MAX_LIFETIME_MS)]
 Priority = Annotated[int, Meta(ge=0, le=9)]
 Most = Annotated[int, Meta(ge=1, le=MAX_BATCH)]
-Receipt = Annotated[str, Meta(pattern=r"^[0-9]{1,16}\.[0-9]{1,10}\Z")]
+Receipt = Annotated[str, Meta(max_length=64)]
+"""Opaque to clients: one that was never given is refused like one that is overtaken (409)."""
 MessageId = Annotated[str, Meta(min_length=1, max_length=256)]
 
 

@@ -45,6 +45,8 @@ class Naive:
     where: str = "ready"
     due: int = 0
     attempt: int = 0
+    number: int = 0
+    """Of deliveries, those included that reached nobody."""
 
 
 @dataclass
@@ -170,10 +172,13 @@ class DeliveryMachine(RuleBasedStateMachine):
         expected = []
         while len(expected) < most and (line := self.model.order(queue)):
             m = line[0]
-            m.where, m.due, m.attempt = "leased", self.now + visibility, m.attempt + 1
+            m.where, m.due = "leased", self.now + visibility
+            m.attempt, m.number = m.attempt + 1, m.number + 1
             expected.append(m.dot)
         taken = self.sut.take(queue, most, visibility, self.now)
         assert [e.dot for e in taken] == expected
+        told = {m.dot: m.attempt for m in self.model.messages}
+        assert all(e.seen == told[e.dot] for e in taken)
         assert all(e.body in (None, b"%d" % (e.dot % 10)) for e in taken)
         self.receipts += [(e.dot, Receipt(e.epoch, e.attempt)) for e in taken]
 
@@ -201,7 +206,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             assert verdict is Verdict.UNKNOWN
         elif m.where == "settling":
             assert verdict is Verdict.SETTLING
-        elif receipt.attempt < m.attempt:
+        elif receipt.attempt < m.number:
             assert verdict is Verdict.OVERTAKEN
         else:
             assert verdict is Verdict.DONE
@@ -221,9 +226,9 @@ class DeliveryMachine(RuleBasedStateMachine):
             assert verdict is Verdict.UNKNOWN
         elif m.where == "settling":
             assert verdict is Verdict.SETTLING
-        elif receipt.attempt < m.attempt:
+        elif receipt.attempt < m.number:
             assert verdict is Verdict.OVERTAKEN
-        elif m.where == "delayed":
+        elif m.where == "delayed" or not m.attempt:
             assert verdict is Verdict.NOT_LEASED
         else:
             assert verdict is Verdict.DONE
@@ -249,7 +254,7 @@ class DeliveryMachine(RuleBasedStateMachine):
                 assert verdict is Verdict.UNKNOWN
             elif m.where == "settling":
                 assert verdict is Verdict.SETTLING
-            elif strict and receipt.attempt < m.attempt:
+            elif strict and receipt.attempt < m.number:
                 assert verdict is Verdict.OVERTAKEN
             else:
                 assert verdict is Verdict.DONE
@@ -276,8 +281,7 @@ class DeliveryMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         m = data.draw(st.sampled_from([m for m in self.model.messages if m.where == "leased"]))
-        self.sut.release(m.dot, Receipt(3, m.attempt), self.now)
-        self.receipts = [r for r in self.receipts if r != (m.dot, Receipt(3, m.attempt))]
+        assert self.sut.release(m.dot, Receipt(3, m.number), self.now) is Verdict.DONE
         m.where, m.attempt = "ready", m.attempt - 1
         if m.expires and m.expires <= self.now:
             m.where = "settling"

@@ -113,7 +113,7 @@ def test_a_delivery_that_reached_nobody_was_no_attempt() -> None:
     take(sut)
     sut.release(1, Receipt(EPOCH, 1), 0)
     check(sut)
-    assert sut.entries[1].attempt == 0
+    assert sut.entries[1].seen == 0
     take(sut)
     sut.release(1, Receipt(EPOCH, 99), 0)
     assert take(sut) == [], "a receipt of another delivery releases nothing"

@@ -19,6 +19,8 @@ def check(machine: PartitionDelivery) -> None:
             assert any(d == dot and due <= entry.due_ms for due, d in timers), "no timer"
         # Who was leased has a receipt of this epoch or an earlier one.
         assert 0 <= entry.epoch <= machine.epoch
+        # No more deliveries reached nobody than there were.
+        assert 0 <= entry.unseen <= entry.attempt
     delivered = {dot for dot, entry in machine.entries.items() if entry.attempt}
     leased = {dot for dot, entry in machine.entries.items() if entry.state is State.LEASED}
     assert delivered | leased <= set(machine.delivered) <= set(machine.entries), "untold deliveries"

@@ -39,6 +39,7 @@ class Lease(Struct, frozen=True, array_like=True):
     due_ms: int
     """When the lease ends; 0: it ended."""
     leased_ms: int
+    unseen: int = 0
 
 
 _decoder = msgspec.msgpack.Decoder(list[Lease])
@@ -56,6 +57,7 @@ def encode_leases(delivered: Iterable[Entry]) -> bytes:
                 e.attempt,
                 e.due_ms if e.state is State.LEASED else 0,
                 e.leased_ms,
+                e.unseen,
             )
             for e in islice(delivered, MAX_LEASES)
         ]

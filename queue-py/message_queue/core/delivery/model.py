@@ -72,11 +72,20 @@ class Entry(msgspec.Struct, eq=False, gc=False):
 
     state: State = State.GONE
     attempt: int = 0
+    """How often it was delivered."""
+    unseen: int = 0
+    """Deliveries of these that reached nobody: they do not count, but no other bears their number.
+    Invariant: unseen <= attempt."""
     epoch: int = 0
     """Of the owner that made the last delivery; with `attempt` it is the receipt."""
     leased_ms: int = 0
     due_ms: int = 0
     """When the present delay or lease ends. Meaningful in DELAYED, LEASED and SETTLING."""
+
+    @property
+    def seen(self) -> int:
+        """The attempt that consumers are told of, and `max_deliveries` is held against."""
+        return self.attempt - self.unseen
 
 
 class Receipt(msgspec.Struct, frozen=True, order=True):
@@ -89,13 +98,17 @@ class Receipt(msgspec.Struct, frozen=True, order=True):
         return f"{self.epoch}.{self.attempt}"
 
 
-def parse_receipt(text: str) -> Receipt | None:
-    """The receipt that `str` gave, or None when the text never was one."""
+NEVER_GIVEN = Receipt(-1, -1)
+"""Overtaken by whatever was or will be delivered."""
+
+
+def parse_receipt(text: str) -> Receipt:
+    """The receipt that `str` gave; `NEVER_GIVEN` when the text is none of ours."""
     epoch, dot, attempt = text.partition(".")
     if not (dot and len(text) <= 40 and epoch.isdecimal() and attempt.isdecimal()):
-        return None
+        return NEVER_GIVEN
     if not (epoch.isascii() and attempt.isascii()):
-        return None
+        return NEVER_GIVEN
     return Receipt(int(epoch), int(attempt))
 
 

@@ -151,7 +151,7 @@ class PartitionDelivery(Turns):
         if entry is None or entry.state is not State.READY or lease.epoch >= self.epoch:
             return
         queue = self._queues[entry.queue]
-        entry.epoch, entry.attempt = lease.epoch, lease.attempt
+        entry.epoch, entry.attempt, entry.unseen = lease.epoch, lease.attempt, lease.unseen
         self.delivered[entry.dot] = entry
         entry.leased_ms = min(lease.leased_ms, now_ms)  # also when it is over: it may be extended
         if lease.due_ms > now_ms:
@@ -197,7 +197,7 @@ class PartitionDelivery(Turns):
         if isinstance(entry, Verdict):
             return entry
         if entry.state is State.LEASED and receipt == Receipt(entry.epoch, entry.attempt):
-            entry.attempt -= 1
+            entry.unseen += 1
             self._ready(self._queues[entry.queue], entry, now_ms)
         return Verdict.DONE
 
@@ -271,7 +271,7 @@ class PartitionDelivery(Turns):
         entry = self._named(dot, receipt)
         if isinstance(entry, Verdict):
             return entry
-        if entry.state not in (State.LEASED, State.READY) or not entry.attempt:
+        if entry.state not in (State.LEASED, State.READY) or not entry.seen:
             return Verdict.NOT_LEASED
         if now_ms + visibility_ms > entry.leased_ms + MAX_LEASE_MS:
             return Verdict.TOO_LONG
@@ -389,6 +389,10 @@ class PartitionDelivery(Turns):
         return Verdict.OVERTAKEN if self._overtaken(entry, receipt) else entry
 
     def _overtaken(self, entry: Entry, receipt: Receipt | None) -> bool:
-        """Whether a later delivery than the receipt's exists. A receipt of an earlier owner whose
-        lease was forgotten is still good while nobody else has the message."""
-        return receipt is not None and receipt < Receipt(entry.epoch, entry.attempt)
+        """Whether a later delivery than the receipt's exists, or the receipt was never given. One
+        of an earlier owner whose lease was forgotten is good while nobody else has the message."""
+        if receipt is None:
+            return False
+        last = Receipt(entry.epoch, entry.attempt)
+        # What this owner gave it knows; a later number than that was never given.
+        return receipt < last or (receipt.epoch >= self.epoch and receipt != last)

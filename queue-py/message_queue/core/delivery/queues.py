@@ -118,7 +118,7 @@ class Queue:
         """Whether one more delivery of `entry` would be too many."""
         most = self.settings.max_deliveries
         # Without a place for dead letters a message is delivered on: nothing is ever dropped.
-        return most is not None and entry.attempt >= most and bool(self.settings.dead_letter)
+        return most is not None and entry.seen >= most and bool(self.settings.dead_letter)
 
     def expires_ms(self, entry: Entry) -> int:
         """When its lifetime ends, by its own ttl or the queue's retention; 0: never."""
