@@ -12,6 +12,7 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from message_queue.api.rendering import message, messages
+from message_queue.core.delivery.intake import repeats
 from message_queue.core.delivery.model import Entry, Receipt
 from message_queue.core.delivery.owner import PartitionOwner
 from message_queue.core.delivery.stored import complete
@@ -178,9 +179,10 @@ class Host:
         token = self._token = self._token + 1
         match op:
             case Produce():
+                now_ms = around.cluster_ms()
                 answer = self._cannot_store()
-                if answer is None:
-                    answer = owner.produce(token, op, around.cluster_ms(), around.wall_ms())
+                if answer is None or repeats(op, owner.window, now_ms):
+                    answer = owner.produce(token, op, now_ms, around.wall_ms())
             case Settle():
                 answer = owner.settle(token, op)
             case Nack():

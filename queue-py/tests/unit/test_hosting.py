@@ -438,13 +438,16 @@ async def test_without_room_messages_are_refused_and_acks_are_taken(
     house: House, trouble: Trouble | None, status: int
 ) -> None:
     await fill(house, "q", 3)
+    once = Produce("q", (NewMessage(b"1", dedupe_id="k"),))
+    assert (await house.ask(once)).status == 201
     house.store._log.trouble = trouble
     house.memory.full = trouble is None
     answer = await house.ask(Produce("q", (NewMessage(b"1"),)))
     assert answer.status == status
     assert answer.retry_after_s
+    assert (await house.ask(once)).status == 200, "it was stored, whatever there is room for now"
     got = await consume(house, "q", 9)
-    assert len(got) == 3
+    assert len(got) == 4
     host = await house.host("q")
     for message in got:
         name = parse_id(message["id"])

@@ -14,6 +14,7 @@ class Mark(Struct, eq=False, gc=False):
     """One id in use."""
 
     message_dot: int
+    """0: not proposed yet, as `mark_dot`."""
     mark_dot: int
     until_ms: int
 
@@ -55,9 +56,13 @@ class DedupeWindow:
                 closed.append(mark.mark_dot)
         return closed
 
-    def purge(self, queue: str) -> list[int]:
-        """Forget a queue's ids; the dots of their marks. O(marks)."""
-        keys = [key for key in self._marks if key[0] == queue]
+    def purge(self, queue: str, upto: int) -> list[int]:
+        """Forget the ids of a queue's messages up to that dot; the dots of their marks. O(marks)."""
+        keys = [
+            key
+            for key, mark in self._marks.items()
+            if key[0] == queue and 0 < mark.message_dot <= upto
+        ]
         return [self._marks.pop(key).mark_dot for key in keys]
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from message_queue.core.delivery import stored
-from message_queue.core.delivery.dedupe import DedupeWindow, Mark
+from message_queue.core.delivery.dedupe import DedupeWindow, Key, Mark
 from message_queue.core.delivery.pending import New
 from message_queue.core.delivery.stored import DEDUPE_WINDOW_MS, DedupeMark
 from message_queue.core.operations import NewMessage, Produce
@@ -20,6 +20,25 @@ class Intake(NamedTuple):
     new: tuple[New, ...]
     messages: int
     marks: tuple[tuple[int, int, Mark], ...]
+
+
+def count_new(op: Produce, window: DedupeWindow, now_ms: int) -> int:
+    """How many of a request's messages repeat none that is stored, nor each other."""
+    used: set[Key] = set()
+    new = 0
+    for message in op.messages:
+        if message.dedupe_id is not None:
+            key = (op.queue, message.dedupe_id, message.moved)
+            if key in used or window.find(key, now_ms) is not None:
+                continue
+            used.add(key)
+        new += 1
+    return new
+
+
+def repeats(op: Produce, window: DedupeWindow, now_ms: int) -> bool:
+    """Whether a request stores nothing: all of it is there."""
+    return op.messages[0].dedupe_id is not None and not count_new(op, window, now_ms)
 
 
 def take_in(op: Produce, window: DedupeWindow, now_ms: int, wall_ms: int) -> Intake:

@@ -22,7 +22,7 @@ from message_queue.core.delivery import stored
 from message_queue.core.delivery.answers import created, returned
 from message_queue.core.delivery.backlog import Purged, Shelf, ShelfPart
 from message_queue.core.delivery.dedupe import DedupeWindow, Mark
-from message_queue.core.delivery.intake import take_in
+from message_queue.core.delivery.intake import count_new, take_in
 from message_queue.core.delivery.leases import decode_leases, encode_leases
 from message_queue.core.delivery.model import (
     Ended,
@@ -91,7 +91,8 @@ class PartitionOwner:
         self._gathered: list[Pending] = []
         self._pending: deque[Pending] = deque()
         """Proposed, in the order of `last`."""
-        self._window = DedupeWindow()
+        self.window = DedupeWindow()
+        """Ids that were used, by messages that are stored or about to be."""
         self._storing: Counter[str] = Counter()
         """Messages gathered or pending, by queue (for `max_length`)."""
         self.storing_bytes = 0
@@ -143,7 +144,7 @@ class PartitionOwner:
                     entry = stored.entry_of(dot, meta, None, body_bytes)
                     self.delivery.put(entry, now_ms)
                 case DedupeMark(queue, dedupe_id, back, until_ms, moved):
-                    self._window.add((queue, dedupe_id, moved), Mark(dot - back, dot, until_ms))
+                    self.window.add((queue, dedupe_id, moved), Mark(dot - back, dot, until_ms))
         return unreadable
 
     def restore_part(self, part: ShelfPart, now_ms: int) -> list[str]:
@@ -155,7 +156,7 @@ class PartitionOwner:
 
     def restore_leases(self, leases: bytes, now_ms: int) -> None:
         """Last: who was given what."""
-        self._window.sort()
+        self.window.sort()
         for lease in decode_leases(leases):
             self.delivery.restore_lease(lease, now_ms)
         self._events(now_ms)
@@ -168,9 +169,13 @@ class PartitionOwner:
         limit = self.delivery.settings(queue).max_length
         if limit is not None:
             held = self.delivery.length(queue) + self._storing[queue]
-            if held + len(op.messages) > limit:
+            new = len(op.messages)
+            if held + new > limit:
+                # What repeats an earlier produce takes no room: it is there already.
+                new = count_new(op, self.window, now_ms)
+            if new and held + new > limit:
                 return refusal(429, "Queue is full", 1, queue=queue, max_length=limit)
-        intake = take_in(op, self._window, now_ms, wall_ms)
+        intake = take_in(op, self.window, now_ms, wall_ms)
         self._drafts += intake.drafts
         self._storing[queue] += intake.messages
         self.storing_bytes += sum(new.body_bytes for new in intake.new)
@@ -244,7 +249,8 @@ class PartitionOwner:
         """End every message of a queue and clear its dedupe window; `delete`: its settings too."""
         dots, waiting = self.delivery.purge(queue)
         purged = len(dots) + (waiting.messages if waiting is not None else 0)
-        dots += [dot for dot in self._window.purge(queue) if dot]
+        # A message that is on its way to the disks stays, and so does its mark.
+        dots += self.window.purge(queue, pack_dot(self.epoch, self._upto))
         word = "deleted" if delete else "purged"
         answer = Answer(200, _json.encode({"status": word, "queue": queue, "messages": purged}))
         if not delete:
@@ -289,7 +295,7 @@ class PartitionOwner:
         """Let time end what it ends."""
         self.delivery.tick(now_ms)
         self._events(now_ms)
-        closed = [dot for dot in self._window.expire(now_ms) if dot]
+        closed = [dot for dot in self.window.expire(now_ms) if dot]
         if closed:
             self._end(0, closed, None)
 
@@ -300,18 +306,18 @@ class PartitionOwner:
 
     def next_due_ms(self) -> int | None:
         """When `tick` next has something to do (or a little earlier); None: never. O(1)."""
-        moments = (self.delivery.next_due_ms(), self._window.next_ms())
+        moments = (self.delivery.next_due_ms(), self.window.next_ms())
         return min((ms for ms in moments if ms is not None), default=None)
 
     @property
     def memory_bytes(self) -> int:
         """About what messages in play, and ids in the dedupe window, take in memory. O(1)."""
-        return self.delivery.memory_bytes + MARK_BYTES * len(self._window)
+        return self.delivery.memory_bytes + MARK_BYTES * len(self.window)
 
     @property
     def timed(self) -> bool:
         """Whether anything waits for a moment. O(1)."""
-        return self.delivery.next_due_ms() is not None or len(self._window) > 0
+        return self.delivery.next_due_ms() is not None or len(self.window) > 0
 
     def collect(self, now_ms: int) -> None:
         """Take over what the delivery machine decided; call after using `delivery` directly."""
