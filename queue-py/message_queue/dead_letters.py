@@ -8,7 +8,8 @@
 A message is stored at its target before it is removed at its source, so a crash in between leaves
 two, never none. The note makes the next owner take the move up at once, and the dedupe id, made of
 the message's own id, makes the repetition give the same message again: the same id, one copy. (The
-note is a setting of the partition, one for all that is under way: nothing is left behind.)
+note is a setting of the partition, one for each queue: one whose dead letter queue is full does not
+keep the others waiting.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BURY_NOTE = "note/dead"
+BURY_NOTE = "note/dead/"
 REDRIVE_NOTE = "note/redrive/"
 _RETRY_S = (0.1, 5.0)
 _AT_ONCE = 100
@@ -81,53 +82,66 @@ class Mover:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._exhausted: deque[Entry] = deque()
-        self._burying = False
+        self._exhausted: dict[str, deque[Entry]] = {}
+        """By queue; a task for each, which ends when there is nothing left."""
         self.redriving: set[str] = set()
         """Dead letter queues that are being emptied."""
 
     # ── to the dead letter queue ────────────────────────────────────────────────────────────────
 
     def bury(self, entries: Iterable[Entry]) -> None:
-        """Exhausted messages, already SETTLING: one task moves them, some at a time."""
-        self._exhausted.extend(entries)
-        if self._exhausted and not self._burying:
-            self._burying = True
-            self._host.around.spawn(self._bury_all())
+        """Exhausted messages, already SETTLING: one task a queue moves them, some at a time."""
+        for entry in entries:
+            waiting = self._exhausted.get(entry.queue)
+            if waiting is None:
+                waiting = self._exhausted[entry.queue] = deque()
+                self._host.around.spawn(self._bury_all(entry.queue, waiting))
+            waiting.append(entry)
 
-    async def _bury_all(self) -> None:
-        host = self._host
-        while self._exhausted and not host.ended:
-            queue = self._exhausted[0].queue
-            batch = _together(self._exhausted, queue)
+    async def _bury_all(self, queue: str, waiting: deque[Entry]) -> None:
+        while waiting and not self._host.ended:
+            batch = _together(waiting, queue)
             for _ in batch:
-                self._exhausted.popleft()
-            await self._bury(batch)
-        self._burying = False
+                waiting.popleft()
+            await self._bury(queue, batch)
+        del self._exhausted[queue]
 
-    async def _bury(self, batch: Sequence[Entry]) -> None:
-        """Tried until done, or until the ownership ends (then the note speaks)."""
+    async def _bury(self, queue: str, batch: Sequence[Entry]) -> None:
+        """Tried until done, until the queue's settings want it no more, or until the ownership ends
+        (then the note speaks)."""
         host = self._host
+        delivery = host.owner.delivery
+        key = BURY_NOTE + queue
         retry_s = _RETRY_S[0]
         note = _msgpack.encode(Burying(tuple((e.dot, e.attempt) for e in batch)))
-        noted = await host.keep_note(BURY_NOTE, note)
+        noted = await host.keep_note(key, note)
         # A consumer that was too slow may still ack one: then it is no dead letter.
         while not host.ended and (left := [e for e in batch if e.state is not State.GONE]):
+            target = delivery.settings(queue).dead_letter
+            if target is None:
+                # They have no place to go to (any more): they are delivered on.
+                now_ms = host.around.cluster_ms()
+                for entry in left:
+                    delivery.unsettle(entry.dot, now_ms)
+                    delivery.nack(entry.dot, None, 0, now_ms)  # its lease was over
+                break
             if not noted:
-                noted = await host.keep_note(BURY_NOTE, note)
-            elif await self._store_letters(left):
+                noted = await host.keep_note(key, note)
+            elif await self._store_letters(target, left):
                 host.metrics.dead_lettered += len(left)
-                host.owner.remove([entry.dot for entry in left], BURY_NOTE)
+                host.owner.remove([entry.dot for entry in left], key)
                 host.after()
                 return
             await asyncio.sleep(retry_s)
             retry_s = min(retry_s * 2, _RETRY_S[1])
+        if not host.ended:
+            host.owner.keep_note(0, key, b"")
+            host.after()
 
-    async def _store_letters(self, entries: Sequence[Entry]) -> bool:
+    async def _store_letters(self, target: str, entries: Sequence[Entry]) -> bool:
         host = self._host
-        target = host.owner.delivery.settings(entries[0].queue).dead_letter
         bodies = await host.bodies(entries)
-        if bodies is None or target is None:
+        if bodies is None:
             return False
         letters = []
         for entry, body in zip(entries, bodies, strict=True):
@@ -177,7 +191,7 @@ class Mover:
         owner = self._host.owner
         for key, value in notes.items():
             try:
-                if key == BURY_NOTE and value:
+                if key.startswith(BURY_NOTE) and value:
                     owner.exhaust(_burying.decode(value).letters)
                 elif key.startswith(REDRIVE_NOTE) and value:
                     queue = key.removeprefix(REDRIVE_NOTE)
@@ -243,10 +257,11 @@ class Mover:
                 moved=True,
             )
             by_source.setdefault(origin.source, []).append((entry, message))
-        for source, letters in by_source.items():
-            if not await self._send_back(source, letters, progress):
-                return False
-        return True
+        # One source that takes nothing now does not keep the others waiting.
+        stored = [
+            await self._send_back(its, letters, progress) for its, letters in by_source.items()
+        ]
+        return any(stored) or not stored
 
     async def _send_back(
         self, source: str, letters: Sequence[tuple[Entry, NewMessage]], progress: _Progress

@@ -134,7 +134,10 @@ def known_id(text: str) -> MessageName:
 
 
 def ids_of(body: AckBody) -> list[str]:
-    """The ids of an ack, exactly one of its two forms."""
+    """The ids of an ack, exactly one of its two forms. What it wants next is judged as well, for a
+    request that is refused changes nothing. Raises ApiError 400."""
+    if body.next is not None:
+        check_name(body.next.queue, "next.queue")
     if body.message_id is not None:
         if body.message_ids is not None:
             raise ApiError(

@@ -252,8 +252,36 @@ async def test_an_ack_with_next_settles_and_then_fetches_like_consume(
     async with cluster.client(0) as other:
         await produce(other, "and-next", "late")
     assert (await waiting).json["body"] == "late"
-    wrong = {**ack, "next": {"queue": "and-next", "wait_ms": 20_001}}
-    assert (await post(client, "/ack", wrong)).status == 400
+    held = {"message_id": await produce(client, "and-next", "held")}
+    for wrong in ({"wait_ms": 20_001}, {"queue": "é" * 200}, {"queue": "a\0"}, {"max": 1001}):
+        body = {**held, "next": {"queue": "and-next", **wrong}}
+        reply = await post(client, "/ack", body)
+        assert (reply.status, reply.json["field"]) == (400, f"next.{next(iter(wrong))}")
+    assert (await take(client, "and-next"))["id"] == held["message_id"], "400 changes nothing"
+
+
+async def test_a_receipt_that_was_never_given_settles_nothing(client: HttpClient) -> None:
+    name = await produce(client, "invented", 1)
+    given = (await take(client, "invented"))["receipt"]
+    for receipt in (given + "1", "9" * 15 + ".1", "1", "receipt", ""):
+        for path, more in (("/ack", {}), ("/nack", {}), ("/extend", {"visibility_ms": 9})):
+            body = {"message_id": name, "receipt": receipt, **more}
+            assert (await post(client, path, body)).status == 409
+    for receipt in (1, ["1.1"], "1" * 65):
+        reply = await post(client, "/ack", {"message_id": name, "receipt": receipt})
+        assert (reply.status, reply.json["field"]) == (400, "receipt")
+    assert await settle(client, name, given) == 200
+    assert await settle(client, name, "whatever") == 200, "it is gone, and stays so"
+
+
+async def test_a_full_queue_takes_a_retry_of_what_filled_it(client: HttpClient) -> None:
+    await put(client, "/queues/brim", {"max_length": 1})
+    fields = {"queue": "brim", "body": 1, "dedupe_id": "once"}
+    first = await post(client, "/produce", fields)
+    again = await post(client, "/produce", fields)
+    assert (first.status, again.status) == (201, 200)
+    assert (again.json["id"], again.json["duplicate"]) == (first.json["id"], True)
+    assert (await post(client, "/produce", {**fields, "dedupe_id": "two"})).status == 429
 
 
 # --- queues ---------------------------------------------------------------------------------------

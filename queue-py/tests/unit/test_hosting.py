@@ -431,6 +431,33 @@ async def test_a_redrive_cut_short_by_a_failover_is_finished_by_the_next_owner(
     assert host.owner.delivery.length("s.dead") == 0
 
 
+async def test_a_full_dead_letter_queue_keeps_no_other_queue_waiting(house: House) -> None:
+    other = next(name for n in range(999) if partition_of(name := f"o{n}") == partition_of("s"))
+    house.refuse = lambda op: (
+        refusal(429, "Queue is full", 1)
+        if isinstance(op, Produce) and op.queue == "s.dead"
+        else None
+    )
+    await fill(house, "s", 3)
+    await fill(house, other, 3)
+    await exhaust(house, "s", 3)
+    await exhaust(house, other, 3)
+    await until(lambda: length(house, f"{other}.dead") == 3)
+    assert length(house, "s") == 3
+    # Who then wants them delivered on instead has them back.
+    await house.ask(Configure("s", b'{"dead_letter":null}'))
+    got: list[dict[str, Any]] = []
+    async with asyncio.timeout(20):
+        while len(got) < 3:
+            got += await consume(house, "s", 9)
+            await asyncio.sleep(0.01)
+    assert [m["body"] for m in got] == [0, 1, 2]
+    house.crash()
+    await house.host("s")
+    assert length(house, "s") == 3
+    assert len(await consume(house, "s", 9)) == 3, "nothing is noted any more"
+
+
 @pytest.mark.parametrize(
     ("trouble", "status"), [(Trouble.FULL, 507), (Trouble.FAILING, 503), (None, 429)]
 )

@@ -57,7 +57,8 @@ class DedupeWindow:
         return closed
 
     def purge(self, queue: str, upto: int) -> list[int]:
-        """Forget the ids of a queue's messages up to that dot; the dots of their marks. O(marks)."""
+        """Forget the ids of a queue's messages up to that dot; the dots of their marks.
+        O(marks)."""
         keys = [
             key
             for key, mark in self._marks.items()
