@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IN_FORCE_WITHIN_S = 1.6
+_HEARD_WITHIN_S = 0.5
+"""A heartbeat brings it to this node sooner."""
 _LOOK_AGAIN_S = 0.02
 LAST_WORD_S = 1.0
 """A node that has left is still heard for so long: it has to be told."""
@@ -218,9 +220,15 @@ class RingKeeper:
             case _:
                 assert_never(done)
 
-    async def _in_force(self, version: int) -> bool:
+    async def heard_of(self, answer: Answer, within_s: float = _HEARD_WITHIN_S) -> bool:
+        """Wait for the ring that an accepted change was answered with: whoever was told of a change
+        here finds it in this node's /ring."""
+        version = msgspec.json.decode(answer.body, type=dict[str, object])["version"]
+        return isinstance(version, int) and await self._in_force(version, within_s)
+
+    async def _in_force(self, version: int, within_s: float = IN_FORCE_WITHIN_S) -> bool:
         """That version, or a later one, is known here to be committed."""
-        until_s = asyncio.get_running_loop().time() + IN_FORCE_WITHIN_S
+        until_s = asyncio.get_running_loop().time() + within_s
         while self.ring.version < version:
             if asyncio.get_running_loop().time() >= until_s:
                 return False
@@ -251,9 +259,7 @@ class RingKeeper:
         answer = await self._node.router.ask(ChangeRing(True, addr, node_id))
         if answer.status not in (200, 202):
             return answer
-        said = msgspec.json.decode(answer.body, type=dict[str, object])
-        version = said["version"]
-        if not isinstance(version, int) or not await self._in_force(version):
+        if not await self.heard_of(answer, IN_FORCE_WITHIN_S):
             return certain_refusal("The ring has not arrived here yet")
         for position, member in self.ring.members:
             if member.addr == addr:

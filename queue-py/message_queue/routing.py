@@ -440,7 +440,10 @@ class Router:
 
     async def change_ring(self, join: bool, addr: str) -> Answer:
         """See `api.keys.Service`."""
-        return await self.ask(ChangeRing(join, addr))
+        answer = await self.ask(ChangeRing(join, addr))
+        if answer.status in (200, 202):
+            await self._node.keeper.heard_of(answer)
+        return answer
 
     @property
     def every_partition_is_served(self) -> bool:

@@ -179,6 +179,9 @@ async def test_a_join_is_called_off_mistakes_are_refused_and_a_stopped_node_is_r
         nobody = {"addr": cluster.views[3].bind()}
         accepted = await ask(cluster, 1, "/admin/join", nobody)
         assert accepted.status == 202
+        # Who looks where it asked takes no change for over that has not come there yet.
+        seen = await ring(cluster, 1)
+        assert (seen["version"], seen["change"]["kind"]) == (accepted.json["version"], "join")
         assert accepted.json["status"] == "joining"
         assert accepted.json["position"] == 3
         other = await ask(cluster, 0, "/admin/join", {"addr": "127.0.0.1:9"})

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from message_queue import ring_keeper
 from message_queue.admission import Place, keep_ring, read_ring
 from message_queue.core.messages import Membership
+from message_queue.core.operations import Answer
 from message_queue.core.placement.membership import founding
 from message_queue.ring_keeper import RingKeeper
 
@@ -39,6 +40,23 @@ class Around(SimpleNamespace):
     def adopt(self, keeper: RingKeeper, version: int) -> None:
         self.replicator.ring = replace(FOUNDING, version=version)
         keeper.adopted(self.replicator.ring)
+
+
+async def test_who_was_told_of_a_change_waits_until_its_ring_is_here(tmp_path: Path) -> None:
+    around = Around(FOUNDING)
+    looks = 0
+
+    async def changes(_: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            around.replicator.ring = replace(FOUNDING, version=4)
+
+    around.changes = changes
+    keeper = RingKeeper(around, Place(0, "c", FOUNDING), tmp_path)  # type: ignore[arg-type]  # a part
+    assert await keeper.heard_of(Answer(202, b'{"version":4}'))
+    assert looks == 3
+    assert not await keeper.heard_of(Answer(202, b'{"version":5}'), within_s=0.0)
 
 
 async def test_rings_that_come_while_one_is_written_wait_and_the_latest_is_kept(
