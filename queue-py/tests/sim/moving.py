@@ -150,6 +150,9 @@ class Moving(Stopping):
         node = self.world.nodes.get(name)
         return name if node is not None and node.position == position else None
 
+    def belongs(self, node: SimNode) -> bool:
+        return node.position in nodes(self.latest or self.founding)
+
     def config(self, node: SimNode) -> ReplicationConfig:
         assert isinstance(node, MovingNode)
         return ReplicationConfig(

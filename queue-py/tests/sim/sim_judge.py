@@ -241,9 +241,13 @@ class QueueHarness(Harness[SimNode]):
             "produced", sum(op.kind == "produce" and op.status == "ok" for op in self.world.history)
         )
 
+    def belongs(self, node: SimNode) -> bool:
+        """It is heard by the others."""
+        return True
+
     def times(self) -> tuple[float, int]:
         """Now, and the latest cluster time."""
-        nodes = [node for node in self.world.nodes.values() if node.core is not None]
+        nodes = [node for node in self.world.nodes.values() if node.core and self.belongs(node)]
         known = [node.core.cluster_ms(node.host.now_ms()) for node in nodes if node.core]
         return self.world.clock.now_ms, max(known, default=0)
 

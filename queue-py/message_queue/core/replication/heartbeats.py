@@ -127,9 +127,11 @@ class Heartbeats:
             if seat is None:
                 continue
             seat.seen = max(seat.seen, epoch)
-            if not self._concerned(seat, epoch):
-                continue
-            if not self._renew(seat, epoch, message.beat, now_ms):
+            # Silence is consent. Who decides about a partition no more may still be asked by an
+            # owner that does not know it, was deposed, and must not take it for its majority.
+            if not self._concerned(seat, epoch) or not self._renew(
+                seat, epoch, message.beat, now_ms
+            ):
                 refused.append((partition, epoch, seat.state.promised))
         for partition, epoch in message.claimed:
             seat = self._seats.get(partition)
@@ -148,7 +150,7 @@ class Heartbeats:
         )
 
     def _concerned(self, seat: Seat, epoch: int) -> bool:
-        """This node is a replica, or is learning to be one. Others only take note."""
+        """This node is a replica, or is learning to be one. Others take note and renew nothing."""
         state, me = seat.state, self._desk.me
         return (
             state.standing is Standing.MEMBER and state.sealed == epoch
