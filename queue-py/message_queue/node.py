@@ -140,6 +140,7 @@ class Node:
             now_ms,
         )
         node.store.on_damage = node.report_damage
+        node.store.position = config.position
         for warning in recovered.warnings:
             log.warning("%s", warning)
             events.publish("storage_warning", detail=warning)

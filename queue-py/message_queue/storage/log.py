@@ -8,7 +8,9 @@ append ──▶ waiting ──▶ [ one write + one fdatasync ] ──▶ on_du
 
 Theory of operation. A single writer drains everything that waits into one write and one sync, then
 reports the records in the order in which they were appended. A record is reported only when it
-and all records before it are durable. Failures:
+and all records before it are durable. The usual batch needs no task: a turn of the loop writes it,
+or hands it to the thread and is called back. What takes more than one step (another segment, a
+failure, the end) is the writer task's, and only one of the two is ever at work. Failures:
 
 * **A write fails** (disk full, I/O error): the batch was not reported, so nothing is lost. The
   segment is cut back to its last synced byte and closed, and the batch is written again to a
@@ -28,13 +30,13 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 from zlib import crc32
 
 import aiofiles
@@ -43,11 +45,13 @@ from aiofiles.threadpool.binary import AsyncFileIO
 
 from message_queue.storage import files
 from message_queue.storage.framing import HEADER, frame, frame_at
+from message_queue.storage.segments import Mark as Mark  # named here by those who recover
 from message_queue.storage.segments import locate, segment_of, segment_path, span_of
+from message_queue.storage.space import RESERVE_BYTES, Space
+from message_queue.storage.space import Trouble as Trouble  # named here by those who write
 
 T = TypeVar("T")
 
-RESERVE_BYTES = 8 * 1024 * 1024
 SYNC_INTERVAL_S = 0.1
 SPACE_CHECK_S = 0.5
 OWN_WRITE_BYTES = 256 * 1024
@@ -70,28 +74,12 @@ class Fsync(StrEnum):
     NEVER = "never"
 
 
-class Trouble(StrEnum):
-    """Why the node takes no new messages."""
-
-    FULL = "Disk full"
-    FAILING = "Disk failing"
-
-
 @dataclass(frozen=True, slots=True)
 class Durable(Generic[T]):
     """A record that reached the disk: what the caller gave, and where it lies."""
 
     token: T
     locator: int
-
-
-class Mark(NamedTuple):
-    """A segment up to some byte: what a snapshot of the index rests on."""
-
-    segment: int
-    size: int
-    crc: int
-    """CRC-32 of the bytes before `size`."""
 
 
 class SegmentLog(Generic[T]):
@@ -127,13 +115,20 @@ class SegmentLog(Generic[T]):
         self._on_durable = on_durable
         self._on_halt = on_halt
         self._on_trouble = on_trouble
-        self._reserve_bytes = reserve_bytes
-        self._reserve = directory / "reserve"
         self._waiting: list[tuple[bytes, T]] = []
         self._wake = asyncio.Event()
         self._file: AsyncFileIO | None = None
         self._segment = 0
         self._synced_size = 0
+        self._loop = asyncio.get_running_loop()
+        self._turn_due = False
+        """`_turn` is called when this turn of the loop is over."""
+        self._resting = False
+        """The writer task waits for `_wake`: a turn may write."""
+        self._out = False
+        """A batch is with the thread."""
+        self._failure: OSError | _SyncFailed | None = None
+        """What became of the batch that waits first: the writer task goes on from there."""
         self._writer: asyncio.Task[None] | None = None
         self._minder: asyncio.Task[None] | None = None
         self._slow_for = 0
@@ -146,18 +141,19 @@ class SegmentLog(Generic[T]):
         self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="log-writer")
         self._read_thread = ThreadPoolExecutor(1, thread_name_prefix="log-reader")
         self._write_and_sync = wrap(self._write_and_sync_blocking)
+        self._space = Space(
+            directory, reserve_bytes, self._write_thread, self._read_thread, self._in_trouble
+        )
 
     async def start(self, sizes: dict[int, int], crcs: dict[int, int]) -> None:
         """Open a fresh segment after those recovered (`sizes`) and start the writer."""
         self.sizes = dict(sorted(sizes.items()))
         self.crcs = dict(crcs)
         self._segment = max(self.sizes, default=0)
-        # On a small disk the reserve is a small part of it.
-        free = await wrap(files.free_bytes)(self.directory)
-        self._reserve_bytes = max(64 * 1024, min(self._reserve_bytes, free // 16))
-        await self._make_reserve()
+        await self._space.start()
         await self._next_segment()
         self._writer = asyncio.create_task(self._write_loop(), name="log-writer")
+        self._writer.add_done_callback(self._writer_ended)
         self._minder = asyncio.create_task(self._mind_loop(), name="log-minder")
 
     def append(self, payload: bytes, token: T) -> None:
@@ -165,7 +161,8 @@ class SegmentLog(Generic[T]):
         framed = frame(payload)
         self._waiting.append((framed, token))
         self.queued_bytes += len(framed)
-        self._wake.set()
+        if self._resting:
+            self._turn_soon()
 
     async def read(self, locators: list[int]) -> dict[int, bytes]:
         """Payloads read back from disk, by locator. One that is not in the answer is damaged, or
@@ -208,8 +205,7 @@ class SegmentLog(Generic[T]):
 
     async def has_room(self, size: int) -> bool:
         """Whether `size` more bytes leave the disk with room to spare."""
-        free = await wrap(files.free_bytes)(self.directory, executor=self._read_thread)
-        return free > 2 * size + self._reserve_bytes
+        return await self._space.has_room(size)
 
     @property
     def segment(self) -> int:
@@ -237,23 +233,97 @@ class SegmentLog(Generic[T]):
 
     # ── the writer ──────────────────────────────────────────────────────────────────────────────
 
+    def _turn_soon(self) -> None:
+        """Not at once: the frames that this turn of the loop queued for the peers leave first, so
+        that their disks work while this one does."""
+        if not self._turn_due:
+            self._turn_due = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Write what waits, or have it written."""
+        self._turn_due = False
+        if not self._waiting or not self._resting or self._out or self._halted:
+            return
+        if self._is_a_task():
+            self._wake.set()
+            return
+        batch, self._waiting = self._waiting, []
+        data = b"".join([framed for framed, _ in batch])
+        assert self._file is not None  # noqa: S101 - see _is_a_task
+        descriptor, before = self._file.fileno(), self.crcs[self._segment]
+        if self._slow_for or len(data) > OWN_WRITE_BYTES:
+            self._slow_for = max(0, self._slow_for - 1)
+            self._out = True
+            writing = self._write_thread.submit(
+                self._write_and_sync_blocking, descriptor, data, before
+            )
+            writing.add_done_callback(
+                lambda done: self._loop.call_soon_threadsafe(self._came_back, batch, done)
+            )
+            return
+        began_s = perf_counter()
+        try:
+            crc = self._write_and_sync_blocking(descriptor, data, before)
+        except (OSError, _SyncFailed) as failure:
+            self._failed(batch, failure)
+            return
+        self._mean_s += (perf_counter() - began_s - self._mean_s) * _WEIGHT
+        if self._mean_s > PATIENCE_S:
+            self._slow_for, self._mean_s = THREAD_DOES, PATIENCE_S / 2
+        self._report(batch, crc)
+
+    def _came_back(self, batch: list[tuple[bytes, T]], writing: Future[int]) -> None:
+        """The thread has written it, or failed to."""
+        self._out = False
+        failure = writing.exception()
+        if failure is None:
+            self._report(batch, writing.result())
+        elif isinstance(failure, OSError | _SyncFailed):
+            self._failed(batch, failure)
+        else:
+            raise failure
+        if self._closing:
+            self._wake.set()
+        elif self._waiting:
+            self._turn()
+
+    def _failed(self, batch: list[tuple[bytes, T]], failure: OSError | _SyncFailed) -> None:
+        self._waiting = batch + self._waiting
+        self._failure = failure
+        self._wake.set()
+
+    def _is_a_task(self) -> bool:
+        """What waits takes more than one step."""
+        return (
+            self._file is None
+            or self._closing
+            or self._failure is not None
+            or self.queued_bytes > MAX_BATCH_BYTES
+            or self._would_overflow(self.queued_bytes)
+        )
+
     async def _write_loop(self) -> None:
         while not self._halted:
-            if not self._waiting:
-                if self._closing:
+            if self._out or not self._waiting or not self._is_a_task():
+                if self._closing and not self._out:
                     break
+                self._resting = True
+                if self._waiting:
+                    self._turn_soon()
                 self._wake.clear()
                 await self._wake.wait()
+                self._resting = False
                 continue
-            if not self._slow_for:
-                # The frames that this turn queued for the peers leave first: their disks work while
-                # this one does.
-                await asyncio.sleep(0)
             batch = self._take()
             if not await self._commit(batch):
                 return
         if self._fsync is not Fsync.NEVER and not self._halted:
             await self._sync_now()
+
+    def _writer_ended(self, writer: asyncio.Task[None]) -> None:
+        if not writer.cancelled() and (failure := writer.exception()) is not None:
+            self._halt(f"the log's writer failed: {failure!r}")
 
     def _take(self) -> list[tuple[bytes, T]]:
         """Everything that waits, as far as it fits into one write."""
@@ -273,11 +343,16 @@ class SegmentLog(Generic[T]):
         failed_syncs = 0
         while True:
             try:
+                if self._failure is not None:
+                    failure, self._failure = self._failure, None
+                    raise failure
                 if self._file is None or self._would_overflow(len(data)):
                     await self._next_segment()
                 assert self._file is not None  # noqa: S101 - _next_segment opened it
-                before = self.crcs[self._segment]
-                crc = await self._write(self._file.fileno(), data, before)
+                descriptor, before = self._file.fileno(), self.crcs[self._segment]
+                crc: int = await self._write_and_sync(
+                    descriptor, data, before, executor=self._write_thread
+                )
                 break
             except _SyncFailed as failure:
                 failed_syncs += 1
@@ -287,43 +362,36 @@ class SegmentLog(Generic[T]):
                 await self._abandon()
             except OSError as failure:
                 await self._abandon()
-                await self._give_back_reserve(failure)
+                await self._space.write_failed(failure)
                 if self._closing:
                     self._halt(f"stopped with unwritten records: {failure}")
                     return False
                 await asyncio.sleep(retry_s)
                 retry_s = min(retry_s * 2, _RETRY_MOST_S)
-        offset = self.sizes[self._segment]
-        written = []
-        for framed, token in batch:
-            written.append(Durable(token, locate(self._segment, offset, len(framed))))
-            offset += len(framed)
-        self.sizes[self._segment] = offset
-        self.crcs[self._segment] = crc
-        if self._fsync is not Fsync.INTERVAL:
-            self._synced_size = offset
-        self.queued_bytes -= len(data)
-        self._on_durable(written)
+        self._report(batch, crc)
         return True
 
-    async def _write(self, descriptor: int, data: bytes, crc: int) -> int:
-        """See `_write_and_sync_blocking`; by the loop or by the thread, whichever costs less."""
-        if self._slow_for or len(data) > OWN_WRITE_BYTES:
-            self._slow_for = max(0, self._slow_for - 1)
-            after: int = await self._write_and_sync(
-                descriptor, data, crc, executor=self._write_thread
-            )
-            return after
-        began_s = perf_counter()
-        after = self._write_and_sync_blocking(descriptor, data, crc)
-        self._mean_s += (perf_counter() - began_s - self._mean_s) * _WEIGHT
-        if self._mean_s > PATIENCE_S:
-            self._slow_for, self._mean_s = THREAD_DOES, PATIENCE_S / 2
-        return after
+    def _report(self, batch: list[tuple[bytes, T]], crc: int) -> None:
+        """It is as durable as `fsync` wants it."""
+        segment = self._segment
+        offset = before = self.sizes[segment]
+        written = []
+        for framed, token in batch:
+            written.append(Durable(token, locate(segment, offset, len(framed))))
+            offset += len(framed)
+        self.sizes[segment] = offset
+        self.crcs[segment] = crc
+        if self._fsync is not Fsync.INTERVAL:
+            self._synced_size = offset
+        self.queued_bytes -= offset - before
+        try:
+            self._on_durable(written)
+        except Exception as failure:
+            self._halt(f"stored, and then: {failure!r}")
+            raise
 
     def _would_overflow(self, more: int) -> bool:
         size = self.sizes[self._segment]
-        # On a full disk a fresh segment lets the present one be given back when it is acked.
         too_long = size + more > self.segment_bytes or self._rotate
         return size > len(HEADER) and too_long
 
@@ -397,7 +465,13 @@ class SegmentLog(Generic[T]):
             self._halted = True
             self._on_halt(reason)
 
-    # ── space ───────────────────────────────────────────────────────────────────────────────────
+    def _in_trouble(self, trouble: Trouble | None) -> None:
+        # On a full disk a fresh segment lets the present one be given back when it is acked.
+        self._rotate = trouble is not None
+        self.trouble = trouble
+        self._on_trouble(trouble)
+
+    # ── time ────────────────────────────────────────────────────────────────────────────────────
 
     async def _mind_loop(self) -> None:
         """Sync on the interval, watch the free space, and win the reserve back."""
@@ -410,44 +484,11 @@ class SegmentLog(Generic[T]):
                 await asyncio.sleep(SPACE_CHECK_S)
             # What others write fills the disk as well, but nothing here depends on it meanwhile.
             now_s, busy = asyncio.get_running_loop().time(), written != self.syncs
-            pause_s = SPACE_CHECK_S if busy or self.trouble is not None else 10 * SPACE_CHECK_S
+            troubled = self._space.trouble is not None
+            pause_s = SPACE_CHECK_S if busy or troubled else 10 * SPACE_CHECK_S
             if now_s - looked_s >= pause_s:
                 looked_s, written = now_s, self.syncs
-                await self._mind_space()
-
-    async def _mind_space(self) -> None:
-        free_bytes = wrap(files.free_bytes)
-        free = await free_bytes(self.directory, executor=self._read_thread)
-        if self.trouble is None:
-            if free < self._reserve_bytes:
-                self._set_trouble(Trouble.FULL)
-        elif not self._waiting and free >= 2 * self._reserve_bytes and await self._make_reserve():
-            self._set_trouble(None)
-
-    async def _make_reserve(self) -> bool:
-        """Own the reserve file. False when the disk has no room for it."""
-        reserve = wrap(files.reserve)
-        try:
-            await reserve(self._reserve, self._reserve_bytes, executor=self._read_thread)
-        except OSError:
-            self._set_trouble(Trouble.FULL)
-            return False
-        return True
-
-    async def _give_back_reserve(self, failure: OSError) -> None:
-        full = failure.errno in (errno.ENOSPC, errno.EDQUOT)
-        # EFBIG is a limit on one file (RLIMIT_FSIZE, FAT): the next segment is another file.
-        if failure.errno != errno.EFBIG:
-            self._set_trouble(Trouble.FULL if full else Trouble.FAILING)
-        if full:
-            unlink = wrap(Path.unlink)
-            await unlink(self._reserve, missing_ok=True, executor=self._write_thread)
-
-    def _set_trouble(self, trouble: Trouble | None) -> None:
-        if trouble is not self.trouble:
-            self.trouble = trouble
-            self._rotate = trouble is not None
-            self._on_trouble(trouble)
+                await self._space.mind(more=bool(self._waiting))
 
 
 class _SyncFailed(Exception):

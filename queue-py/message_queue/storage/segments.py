@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 
 def locate(segment: int, offset: int, length: int) -> int:
@@ -29,3 +30,12 @@ def segments_in(directory: Path) -> list[int]:
     """Numbers of the segments in a directory, oldest first."""
     names = (path.stem.removeprefix("segment-") for path in directory.glob("segment-*.log"))
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+class Mark(NamedTuple):
+    """A segment up to some byte: what a snapshot of the index rests on."""
+
+    segment: int
+    size: int
+    crc: int
+    """CRC-32 of the bytes before `size`."""

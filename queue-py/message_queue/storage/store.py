@@ -24,6 +24,7 @@ from message_queue.core.messages import (
     CopyRecord,
     LogRecord,
     Spans,
+    owner_of,
 )
 from message_queue.storage.compaction import Housekeeper
 from message_queue.storage.index import Place
@@ -107,6 +108,8 @@ class Store:
         self._entries = 0
         """Puts and other entries handed to the log in this life."""
         self._keeper: asyncio.Task[None] | None = None
+        self.position: int | None = None
+        """This node's; what others own is indexed after it was reported."""
         self.on_damage: Callable[[int, Spans], None] = lambda _partition, _lost: None
         """Told of puts that compaction found unreadable."""
         self.housekeeper = Housekeeper(
@@ -189,11 +192,14 @@ class Store:
 
     def _written(self, written: list[Durable[_Ticket]]) -> None:
         newest = 0
+        later: list[tuple[int, AppendRecord]] = []
         for item in written:
             batch, record, waiting = item.token
             if batch:
                 newest = batch
-            if isinstance(record, AppendRecord | CopyRecord | Moved):
+            if isinstance(record, AppendRecord) and self._is_anothers(record):
+                later.append((item.locator, record))
+            elif isinstance(record, AppendRecord | CopyRecord | Moved):
                 self._place(item.locator, record)
             elif isinstance(record, ClockRecord):
                 self._clock_ms = record.cluster_ms
@@ -201,6 +207,12 @@ class Store:
                 waiting.set_result(None)
         if newest:
             self._on_durable(newest)
+        # The owner waits for the answer; here nobody looks into the index before this call ends.
+        for locator, record in later:
+            self._place(locator, record)
+
+    def _is_anothers(self, record: AppendRecord) -> bool:
+        return self.position is not None and owner_of(record.epoch) != self.position
 
     def _place(self, locator: int, record: AppendRecord | CopyRecord | Moved) -> None:
         state = self.states.get(record.partition)

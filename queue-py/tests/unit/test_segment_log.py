@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -40,8 +42,17 @@ class Bench:
             while not condition():  # noqa: ASYNC110 - polls what has no event
                 await asyncio.sleep(0.005)
 
+    def slow(self, disk: bool) -> None:
+        """As after syncs that took long: the thread writes (or else the loop, whatever the disk of
+        this machine is like)."""
+        self.log._slow_for = 1 << 30 if disk else 0
+        self.log._mean_s = -1.0
+
     async def written(self, count: int) -> None:
         await self.until(lambda: len(self.durable) >= count)
+
+
+SLOW = pytest.mark.parametrize("slow", [False, True], ids=["by the loop", "by the thread"])
 
 
 def on_disk(directory: Path) -> list[bytes]:
@@ -77,6 +88,71 @@ async def test_what_waits_goes_out_in_one_write_with_one_sync(tmp_path: Path) ->
     await bench.written(500)
     assert bench.log.syncs - before <= 2
     await bench.log.close()
+
+
+async def test_a_quick_disk_is_written_when_the_turn_is_over(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({}, {})
+    bench.slow(False)
+    bench.log.append(b"warm", 0)
+    await bench.written(1)
+    bench.log.append(b"one", 1)
+    bench.log.append(b"two", 2)
+    assert len(bench.durable) == 1
+    await asyncio.sleep(0)
+    assert [d.token for d in bench.durable] == [0, 1, 2]
+    await bench.log.close()
+
+
+async def test_what_comes_while_the_thread_writes_follows_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, segment_bytes=400)
+    await bench.log.start({}, {})
+    bench.slow(True)
+    go, real = threading.Event(), files.sync_data
+    begun = threading.Event()
+
+    def sync_data(descriptor: int) -> None:
+        begun.set()
+        assert go.wait(10)
+        real(descriptor)
+
+    monkeypatch.setattr(files, "sync_data", sync_data)
+    bench.log.append(b"first", 0)
+    await bench.until(begun.is_set)
+    # More than fits into this segment: the writer task is wanted, and has to wait its turn.
+    for n in range(1, 9):
+        bench.log.append(b"%d" % n * 100, n)
+        await asyncio.sleep(0)
+    assert bench.durable == []
+    closing = asyncio.create_task(bench.log.close())
+    await asyncio.sleep(0)
+    go.set()
+    await closing
+    assert [d.token for d in bench.durable] == list(range(9))
+    assert on_disk(tmp_path) == [b"first"] + [b"%d" % n * 100 for n in range(1, 9)]
+    assert bench.log.crcs == {
+        n: crc32(segment_path(tmp_path, n).read_bytes()) for n in segments_in(tmp_path)
+    }
+
+
+async def test_a_listener_that_fails_halts_the_node(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({}, {})
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+
+    def fails(written: list[Durable[int]]) -> None:
+        raise ValueError("a step of the core")
+
+    bench.log._on_durable = fails
+    bench.log.append(b"stored", 0)
+    await bench.until(lambda: bool(bench.halts))
+    bench.log.append(b"after that nothing is", 1)
+    await asyncio.sleep(0.01)
+    await bench.log.close()
+    assert len(bench.halts) == 1
+    assert on_disk(tmp_path) == [b"stored"]
 
 
 async def test_a_full_segment_is_followed_by_the_next_one(tmp_path: Path) -> None:
@@ -118,11 +194,13 @@ async def test_a_flipped_record_is_not_read_back(tmp_path: Path) -> None:
     await bench.log.close()
 
 
+@SLOW
 async def test_a_full_disk_refuses_new_messages_keeps_acks_and_recovers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
     bench = Bench(tmp_path)
     await bench.log.start({}, {})
+    bench.slow(slow)
     bench.log.append(b"before", 0)
     await bench.written(1)
     reserve = tmp_path / "reserve"
@@ -172,11 +250,13 @@ async def test_a_limit_on_file_size_only_begins_another_segment(
     assert len(on_disk(tmp_path)) == 10
 
 
+@SLOW
 async def test_a_failed_sync_moves_the_batch_to_a_new_segment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
     bench = Bench(tmp_path)
     await bench.log.start({}, {})
+    bench.slow(slow)
     bench.log.append(b"one", 0)
     await bench.written(1)
     first = bench.log.segment
