@@ -140,7 +140,7 @@ class Mover:
 
     async def _store_letters(self, target: str, entries: Sequence[Entry]) -> bool:
         host = self._host
-        bodies = await host.bodies(entries)
+        bodies = await host.reader.bodies(entries)
         if bodies is None:
             return False
         letters = []
@@ -239,7 +239,7 @@ class Mover:
         batch = _together(fresh, queue)
         if not batch or len(skipped) > _SKIPPED_MOST:
             return None
-        bodies = await host.bodies(batch)
+        bodies = await host.reader.bodies(batch)
         if bodies is None:
             return False
         by_source: dict[str, list[tuple[Entry, NewMessage]]] = {}

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol, assert_never
 
 import msgspec
 
-from message_queue.api.rendering import message, messages
+from message_queue.api.rendering import Slice, delivery_receipt, message, messages
 from message_queue.core.delivery.intake import repeats
-from message_queue.core.delivery.model import Entry, Receipt
+from message_queue.core.delivery.lots import Spanned, Taken, receipts_of
+from message_queue.core.delivery.model import Entry
 from message_queue.core.delivery.owner import PartitionOwner
-from message_queue.core.delivery.stored import complete
-from message_queue.core.ids import unpack_dot
 from message_queue.core.messages import Spans
 from message_queue.core.operations import (
     Answer,
@@ -33,6 +32,7 @@ from message_queue.core.operations import (
     Purge,
     Redrive,
     Settle,
+    SettleRuns,
     Show,
     refusal,
     unknown_outcome,
@@ -41,6 +41,7 @@ from message_queue.dead_letters import Mover
 from message_queue.gathering import Gathering
 from message_queue.memory import MessageMemory
 from message_queue.metrics import Metrics
+from message_queue.reading import Reader
 from message_queue.storage.log import Trouble
 from message_queue.storage.store import Store
 
@@ -63,7 +64,7 @@ def _resolve(answered: asyncio.Future[Answer | None], answer: Answer | None) -> 
         answered.set_result(answer)
 
 
-def _time_is_over(polled: asyncio.Future[list[Entry] | None]) -> None:
+def _time_is_over(polled: asyncio.Future[list[Taken] | None]) -> None:
     if not polled.done():
         polled.set_result([])
 
@@ -137,13 +138,12 @@ class Host:
         self.around = around
         self.metrics = metrics
         self.mover = Mover(self)
-        self._bodies_at_hand = True
-        """What was leased last had all its bodies in memory."""
+        self.reader = Reader(owner, store, around.report_damage)
         self._loop = asyncio.get_running_loop()
         self._token = 0
         self._asked: dict[int, tuple[Done, float]] = {}
         """Who waits for something to be stored, and since when (loop time), the oldest first."""
-        self._polls: dict[int, asyncio.Future[list[Entry] | None]] = {}
+        self._polls: dict[int, asyncio.Future[list[Taken] | None]] = {}
 
     # ── operations ──────────────────────────────────────────────────────────────────────────────
 
@@ -151,7 +151,7 @@ class Host:
         """Do it. None: not the owner any more and nothing was done."""
         owner = self.owner
         match op:
-            case Produce() | Settle() | Nack() | Extend() | Configure() | Purge():
+            case Produce() | Settle() | SettleRuns() | Nack() | Extend() | Configure() | Purge():
                 answered: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
                 self.begin(op, partial(_resolve, answered))
                 return await answered
@@ -183,7 +183,7 @@ class Host:
                 answer = self._cannot_store()
                 if answer is None or repeats(op, owner.window, now_ms):
                     answer = owner.produce(token, op, now_ms, around.wall_ms())
-            case Settle():
+            case Settle() | SettleRuns():
                 answer = owner.settle(token, op)
             case Nack():
                 answer = owner.nack(op, around.cluster_ms())
@@ -230,21 +230,21 @@ class Host:
         if not taken:
             return Delivered(_NOTHING)
         # As of now: should it go back later, another delivery may have come since.
-        attempts = [entry.attempt for entry in taken]
+        spans = receipts_of(taken)
         try:
-            bodies = await self.bodies(taken)
+            slices = await self.reader.slices(taken)
         except asyncio.CancelledError:
-            self._undo(taken, attempts)
+            self._release(spans)
             raise
-        if bodies is None:
-            self._undo(taken, attempts)
+        if slices is None:
+            self._release(spans)
             return Delivered(refusal(503, "Message unreadable here", 1, definite=True))
-        return self._delivered(op, taken, attempts, bodies)
+        return self._delivered(op, taken, spans, slices)
 
     def consume_now(self, op: Consume) -> Delivered | None:
         """What can be leased without waiting for anything; None: nothing was done. Not tried while
         bodies come from disk: there it would be in vain."""
-        if not self._bodies_at_hand:
+        if not self.reader.at_hand:
             return None
         taken = self.owner.delivery.take(
             op.queue, op.most, op.visibility_ms, self.around.cluster_ms()
@@ -252,33 +252,39 @@ class Host:
         if not taken:
             self.after()
             return None
-        attempts = [entry.attempt for entry in taken]
-        bodies = [entry.body for entry in taken if entry.body is not None]
-        if len(bodies) < len(taken):
-            self._bodies_at_hand = False
-            self._undo(taken, attempts)
+        spans = receipts_of(taken)
+        slices = self.reader.slices_now(taken)
+        if slices is None:
+            self._release(spans)
             return None
         self.after()
-        return self._delivered(op, taken, attempts, bodies)
+        return self._delivered(op, taken, spans, slices)
 
     def _delivered(
-        self, op: Consume, taken: list[Entry], attempts: list[int], bodies: list[bytes]
+        self, op: Consume, taken: list[Taken], spans: Spanned, slices: list[Slice]
     ) -> Delivered:
-        self.metrics.delivered += len(taken)
-        self.metrics.redelivered += sum([attempt > 1 for attempt in attempts])
+        count, receipt = 1, ""
+        first = taken[0]
         if op.batch:
-            body = messages(self.partition, taken, bodies, receipt=True)
+            count = sum([last - first + 1 for first, last, _ in spans])
+            body = messages(self.partition, slices, receipt=True)
+            receipt = delivery_receipt(self.partition, slices)
+        elif isinstance(first, Entry):
+            body = message(self.partition, first, slices[0].bodies[0], receipt=True)
         else:
-            body = message(self.partition, taken[0], bodies[0], receipt=True)
-        answer = Answer(200, body, messages=len(taken))
-        return Delivered(answer, lambda: self._undo(taken, attempts))
+            raise AssertionError("one message, and a lot of them")
+        self.metrics.delivered += count
+        again = [last - first + 1 for first, last, name in spans if name.attempt > 1]
+        self.metrics.redelivered += sum(again)
+        answer = Answer(200, body, messages=count, receipt=receipt)
+        return Delivered(answer, lambda: self._release(spans))
 
-    async def _wait(self, op: Consume) -> list[Entry] | None:
+    async def _wait(self, op: Consume) -> list[Taken] | None:
         """Stand in line: messages, [] when the time is over, None when the ownership ended."""
         if len(self._polls) >= WAITERS:
             return []
         token = self._next_token()
-        polled: asyncio.Future[list[Entry] | None] = self._loop.create_future()
+        polled: asyncio.Future[list[Taken] | None] = self._loop.create_future()
         self._polls[token] = polled
         self.owner.delivery.wait(token, op.queue, op.most, op.visibility_ms)
         timer = self._loop.call_later(op.wait_ms / 1000, _time_is_over, polled)
@@ -287,23 +293,16 @@ class Host:
         except asyncio.CancelledError:
             # A grant may have come in the very moment in which the client went away.
             if not polled.cancelled() and (granted := polled.result()):
-                self._release([(e.dot, Receipt(e.epoch, e.attempt)) for e in granted])
+                self._release(receipts_of(granted))
             raise
         finally:
             timer.cancel()
             self._polls.pop(token, None)
             self.owner.delivery.cancel(token)
 
-    def _undo(self, taken: Sequence[Entry], attempts: Sequence[int]) -> None:
+    def _release(self, spans: Spanned) -> None:
         """What this owner leased reached nobody."""
-        epoch = self.owner.epoch
-        its = zip(taken, attempts, strict=True)
-        self._release([(entry.dot, Receipt(epoch, attempt)) for entry, attempt in its])
-
-    def _release(self, receipts: Sequence[tuple[int, Receipt]]) -> None:
-        now_ms = self.around.cluster_ms()
-        for dot, receipt in receipts:
-            self.owner.delivery.release(dot, receipt, now_ms)
+        self.owner.delivery.release_all(spans, self.around.cluster_ms())
         self.after()
 
     def _cannot_store(self) -> Answer | None:
@@ -352,7 +351,7 @@ class Host:
                 else:
                     if polled is not None and not polled.done():
                         polled.set_result(None)
-                    self._release([(e.dot, Receipt(e.epoch, e.attempt)) for e in grant.entries])
+                    self._release(receipts_of(grant.entries))
         if owner.dead_letters:
             exhausted, owner.dead_letters = owner.dead_letters, []
             self.mover.bury(exhausted)
@@ -413,45 +412,6 @@ class Host:
             if not polled.done():
                 polled.set_result(None)
 
-    # ── bodies ──────────────────────────────────────────────────────────────────────────────────
-
-    async def bodies(self, entries: Sequence[Entry]) -> list[bytes] | None:
-        """The bodies, read back where they are only on disk. None: one is unreadable here, now
-        or for good (then the replication was told)."""
-        absent = {unpack_dot(entry.dot): entry for entry in entries if entry.body is None}
-        self._bodies_at_hand = not absent
-        if not absent:
-            return [entry.body for entry in entries if entry.body is not None]
-        # Whose turn is next is read in the same breath: one read of many costs little more.
-        delivery = self.owner.delivery
-        ahead = delivery.ahead(next(iter(absent.values())).queue)
-        wanted = absent | {unpack_dot(entry.dot): entry for entry in ahead}
-        try:
-            found, damaged = await self.store.read(self.partition, list(wanted))
-            if len(found) + len(damaged) < len(wanted):
-                # Committed by the others before this node's own disk had it.
-                await self.store.flushed()
-                found, damaged = await self.store.read(self.partition, list(wanted))
-        except OSError as e:
-            log.error("cannot read the log: %s", e)
-            return None
-        if damaged:
-            self.around.report_damage(self.partition, tuple((e, s, s) for e, s in damaged))
-        by_dot: dict[tuple[int, int], bytes] = {}
-        for epoch, seq, meta, body in found:
-            entry = wanted[epoch, seq]
-            complete(entry, meta)
-            by_dot[epoch, seq] = body
-            if (epoch, seq) not in absent:
-                delivery.attach(entry, body)
-        bodies = []
-        for entry in entries:
-            its = entry.body if entry.body is not None else by_dot.get(unpack_dot(entry.dot))
-            if its is None:
-                return None
-            bodies.append(its)
-        return bodies
-
     # ── figures ─────────────────────────────────────────────────────────────────────────────────
 
     def _show(self, queue: str) -> Answer:
@@ -482,7 +442,7 @@ class Host:
         }
 
     async def _peek(self, entries: list[Entry]) -> Answer:
-        bodies = await self.bodies(entries)
-        if bodies is None:
+        slices = await self.reader.slices(entries)
+        if slices is None:
             return refusal(503, "Message unreadable here", 1, definite=True)
-        return Answer(200, messages(self.partition, entries, bodies, receipt=False))
+        return Answer(200, messages(self.partition, slices, receipt=False))

@@ -31,6 +31,7 @@ from message_queue.core.operations import (
     Produce,
     Redrive,
     Settle,
+    SettleRuns,
     Show,
     certain_refusal,
     refusal,
@@ -466,7 +467,7 @@ class Router:
 
 def target_of(op: Operation) -> int | None:
     """The partition that an operation belongs to."""
-    if isinstance(op, Settle | Nack | Extend):
+    if isinstance(op, Settle | SettleRuns | Nack | Extend):
         return op.partition
     match op:
         case ListQueues():

@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 from message_queue.core.messages import Count, PartitionId
 
 MAX_BATCH: Final = 1000
+MAX_RUNS: Final = 64
 MAX_WAIT_MS: Final = 20_000
 MAX_VISIBILITY_MS: Final = 12 * 3600 * 1000
 MAX_DELAY_MS: Final = 90 * 24 * 3600 * 1000
@@ -141,13 +142,30 @@ class ChangeRing(Struct, frozen=True, array_like=True, tag=12):
     id: Annotated[str, Meta(max_length=256)] = ""
 
 
-Direct = Produce | Settle | Nack | Extend
+class Run(Struct, frozen=True, array_like=True):
+    """Messages of one partition that follow each other, delivered together under one receipt."""
+
+    first: Annotated[int, Meta(ge=1)]
+    """The first one's dot."""
+    count: Annotated[int, Meta(ge=1, le=MAX_BATCH)]
+    receipt: str
+
+
+class SettleRuns(Struct, frozen=True, array_like=True, tag=13):
+    """Acknowledge whole deliveries. The answer's body is a `SettledRuns`."""
+
+    partition: PartitionId
+    runs: Annotated[tuple[Run, ...], Meta(min_length=1, max_length=MAX_RUNS)]
+
+
+Direct = Produce | Settle | SettleRuns | Nack | Extend
 """What is answered in its own time, without anybody standing in line for it."""
 
 Operation = (
     Produce
     | Consume
     | Settle
+    | SettleRuns
     | Nack
     | Extend
     | Show
@@ -168,6 +186,8 @@ class Answer(Struct, frozen=True, array_like=True):
     retry_after_s: int = 0
     messages: int = 0
     """How many were stored or leased with it, so that nobody on the way has to read the body."""
+    receipt: str = ""
+    """Of a delivery of several: they may be acked with it, all at once (see `SettleRuns`)."""
 
 
 class Results(Struct, frozen=True, array_like=True):
@@ -176,7 +196,18 @@ class Results(Struct, frozen=True, array_like=True):
     statuses: tuple[int, ...]
 
 
+class SettledRuns(Struct, frozen=True, array_like=True):
+    """What became of a `SettleRuns`."""
+
+    acknowledged: int
+    overtaken: tuple[int, ...]
+    """The dots of messages that somebody else was given meanwhile."""
+    unknown: tuple[int, ...]
+    """Never issued."""
+
+
 results_decoder: Final = msgspec.msgpack.Decoder(Results)
+settled_runs_decoder: Final = msgspec.msgpack.Decoder(SettledRuns)
 _json = msgspec.json.Encoder()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from message_queue.core.delivery.backlog import Card, ShelfPart
 from message_queue.core.delivery.stored import PRIORITY_BITS
 from message_queue.core.ids import pack_dot
@@ -28,6 +30,18 @@ class PartitionShelf:
             return None
         queue = self._index.names[kind >> PRIORITY_BITS]
         return Card(queue, kind & _PRIORITY, block.sizes[at], block.times[at])
+
+    def sizes(self, first: int, count: int) -> array[int]:
+        """Bytes of the bodies of consecutive messages within a chunk; 0 where nothing is known."""
+        block = self._index.blocks(self._partition).get(first >> BLOCK_BITS)
+        if block is None:
+            return array("I", bytes(4 * count))
+        row = first & (1 << BLOCK_BITS) - 1
+        at = block.find(row)
+        if at >= 0 and block.rows[at : at + count] == array("H", range(row, row + count)):
+            return block.sizes[at : at + count]
+        found = (block.find(low) for low in range(row, row + count))
+        return array("I", [block.sizes[at] if at >= 0 else 0 for at in found])
 
     def part(self, epoch: int, number: int, bits: int) -> ShelfPart:
         """What is known of the messages of one chunk of dots; `bits`: those that are held. Takes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, Phase, settings
@@ -12,8 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from message_queue.core.delivery.backlog import Card
 from message_queue.core.delivery.invariants import check
 from message_queue.core.delivery.lifecycle import State
+from message_queue.core.delivery.lots import Spanned, receipts_of, singly
 from message_queue.core.delivery.model import Ended, Receipt, Settings, Verdict
 from message_queue.core.delivery.partition import PartitionDelivery
+from message_queue.core.delivery.pending import joined
 from message_queue.core.delivery.stored import MessageMeta
 from message_queue.core.ids import pack_dot
 
@@ -44,6 +47,7 @@ class Naive:
     expires: int
     where: str = "ready"
     due: int = 0
+    acked: bool = False
     attempt: int = 0
     number: int = 0
     """Of deliveries, those included that reached nobody."""
@@ -76,7 +80,7 @@ class Model:
             m.where = "settling"
             self.ended.append((m.dot, Ended.EXHAUSTED))
         else:
-            m.where, m.due = ("delayed", now + delay) if delay else ("ready", 0)
+            m.where, m.due = ("delayed", now + delay) if delay else ("ready", m.due)
             self.expire(m, now)
 
     def expire(self, m: Naive, now: int) -> None:
@@ -107,6 +111,10 @@ class FakeShelf:
     def card(self, dot: int) -> Card | None:
         return self.cards.get(dot)
 
+    def sizes(self, first: int, count: int) -> array[int]:
+        cards = (self.cards.get(dot) for dot in range(first, first + count))
+        return array("I", [card.body_bytes if card is not None else 0 for card in cards])
+
 
 class DeliveryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
@@ -117,6 +125,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.model = Model()
         self.next_dot = 1
         self.receipts: list[tuple[int, Receipt]] = []
+        self.deliveries: list[Spanned] = []
 
     def settle_endings(self) -> None:
         grants, endings = self.sut.drain()
@@ -175,12 +184,14 @@ class DeliveryMachine(RuleBasedStateMachine):
             m.where, m.due = "leased", self.now + visibility
             m.attempt, m.number = m.attempt + 1, m.number + 1
             expected.append(m.dot)
-        taken = self.sut.take(queue, most, visibility, self.now)
+        lots = self.sut.take(queue, most, visibility, self.now)
+        taken = singly(lots)
         assert [e.dot for e in taken] == expected
         told = {m.dot: m.attempt for m in self.model.messages}
         assert all(e.seen == told[e.dot] for e in taken)
         assert all(e.body in (None, b"%d" % (e.dot % 10)) for e in taken)
         self.receipts += [(e.dot, Receipt(e.epoch, e.attempt)) for e in taken]
+        self.deliveries.append(receipts_of(lots))
 
     @rule(queue=st.sampled_from(QUEUES), most=st.integers(1, 4))
     def browse(self, queue: str, most: int) -> None:
@@ -240,31 +251,88 @@ class DeliveryMachine(RuleBasedStateMachine):
         m = self.pick(data)
         verdict = self.sut.settle(m.dot, None)
         assert verdict is (Verdict.SETTLING if m.where == "settling" else Verdict.DONE)
+        m.acked = m.acked or m.where != "settling"
         m.where = "settling"
 
-    @precondition(lambda self: len(self.receipts) > 1)
-    @rule(data=st.data(), strict=st.booleans())
-    def settle_many(self, data: st.DataObject, strict: bool) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(self.receipts), min_size=1, max_size=9))
-        texts = [str(receipt) if strict else None for _, receipt in chosen]
-        verdicts = self.sut.settle_all([dot for dot, _ in chosen], texts)
-        for (dot, receipt), verdict in zip(chosen, verdicts, strict=True):
-            m = next((m for m in self.model.messages if m.dot == dot), None)
-            if m is None:
-                assert verdict is Verdict.UNKNOWN
-            elif m.where == "settling":
-                assert verdict is Verdict.SETTLING
-            elif strict and receipt.attempt < m.number:
-                assert verdict is Verdict.OVERTAKEN
-            else:
-                assert verdict is Verdict.DONE
-                m.where = "settling"
+    def held(self, dot: int) -> Naive | None:
+        return next((m for m in self.model.messages if m.dot == dot), None)
+
+    @precondition(lambda self: self.receipts)
+    @rule(data=st.data(), strict=st.booleans(), width=st.sampled_from([0, 1, 5, 19, 40]))
+    def settle_span(self, data: st.DataObject, strict: bool, width: int) -> None:
+        """An ack of neighbours, some of which may be anything, in whatever state."""
+        first, receipt = data.draw(st.sampled_from(self.receipts))
+        self.settled(first, first + width, receipt if strict else None)
+
+    @precondition(lambda self: self.deliveries)
+    @rule(data=st.data())
+    def settle_delivery(self, data: st.DataObject) -> None:
+        """A whole delivery at once, as far as it is still that."""
+        for first, last, receipt in data.draw(st.sampled_from(self.deliveries)):
+            self.settled(first, last, receipt)
+
+    def settled(self, first: int, last: int, receipt: Receipt | None) -> None:
+        at = first
+        text = str(receipt) if receipt is not None else None
+        for low, high, verdict in self.sut.settle_span(first, last, text):
+            assert low == at <= high
+            at = high + 1
+            for dot in range(low, high + 1):
+                m = self.held(dot)
+                if m is None:
+                    assert verdict is Verdict.UNKNOWN
+                elif m.where == "settling":
+                    assert verdict is Verdict.SETTLING
+                elif receipt is not None and receipt.attempt != m.number:
+                    assert verdict is Verdict.OVERTAKEN
+                else:
+                    assert verdict is Verdict.DONE
+                    m.where, m.acked = "settling", True
+        assert at == last + 1
+
+    @precondition(lambda self: self.deliveries)
+    @rule(data=st.data())
+    def release_delivery(self, data: st.DataObject) -> None:
+        """It never reached its consumer; some of it may have been settled meanwhile."""
+        spans = data.draw(st.sampled_from(self.deliveries))
+        self.sut.release_all(spans, self.now)
+        for first, last, receipt in spans:
+            for dot in range(first, last + 1):
+                m = self.held(dot)
+                if m is not None and m.where == "leased" and m.number == receipt.attempt:
+                    m.where, m.attempt = "ready", m.attempt - 1
+                    self.model.expire(m, self.now)
+        self.settle_endings()
+
+    @precondition(lambda self: any(m.acked for m in self.model.messages))
+    @rule(data=st.data(), width=st.sampled_from([0, 3, 25]))
+    def end_is_refused(self, data: st.DataObject, width: int) -> None:
+        """Acks that were not stored, for certain: their messages stand where they stood."""
+        acked = {m.dot: m for m in self.model.messages if m.acked and not (m.group or m.expires)}
+        if not acked:
+            return
+        first = last = data.draw(st.sampled_from(sorted(acked)))
+        while last + 1 in acked and last < first + width:
+            last += 1
+        self.sut.unsettle_all([(first, last)], self.now)
+        for dot in range(first, last + 1):
+            m = acked[dot]
+            m.acked = False
+            m.where = "leased" if m.number and m.due > self.now else "ready"
+        self.settle_endings()
+
+    @rule(by=st.sampled_from([1, 30]))
+    def cluster_time_jumps(self, by: int) -> None:
+        self.sut.postpone(by)
+        for m in self.model.messages:
+            if m.where in ("leased", "settling") and m.number:
+                m.due += by
 
     @precondition(lambda self: any(m.where == "settling" for m in self.model.messages))
     @rule()
     def all_ends_are_stored(self) -> None:
         ended = [m.dot for m in self.model.messages if m.where == "settling"]
-        self.sut.gone_all([*ended, self.next_dot], self.now)
+        self.sut.gone_all(joined((dot, dot) for dot in (*ended, self.next_dot)), self.now)
         self.model.messages = [m for m in self.model.messages if m.where != "settling"]
         self.settle_endings()
 
@@ -323,6 +391,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             assert counts.in_flight == sum(m.where in ("leased", "settling") for m in mine)
             assert counts.oldest_ms is None or mine
         held = {e.dot for e in self.sut.entries.values() if e.state is not State.GONE}
+        held |= {dot for lot in self.sut.lots for dot in range(lot.first, lot.last + 1)}
         held |= {dot for view in self.sut.views() for _, dot in view.backlog.dots()}
         assert self.sut.held == len(held)
         assert held == {m.dot for m in self.model.messages}

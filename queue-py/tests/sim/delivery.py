@@ -11,7 +11,8 @@ import msgspec
 from sim_judge import Stopping
 from sim_node import SimNode, wire
 
-from message_queue.core.delivery.model import Entry, Receipt
+from message_queue.core.delivery.lots import Taken, receipts_of, singly
+from message_queue.core.delivery.model import Receipt
 from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
 from message_queue.core.delivery.stored import MessageMeta, decode
 from message_queue.core.ids import message_id, pack_dot, parse_id, unpack_dot
@@ -25,6 +26,7 @@ from message_queue.core.operations import (
     Operation,
     Produce,
     Settle,
+    SettleRuns,
     results_decoder,
 )
 from message_queue.core.replication.contract import Accepted
@@ -118,9 +120,7 @@ class DeliveryNode(SimNode):
             if reply is None or not serving:
                 if reply is not None:
                     reply.resolve(("moved", None))
-                for entry in grant.entries:
-                    receipt = Receipt(entry.epoch, entry.attempt)
-                    owner.delivery.release(entry.dot, receipt, self.cluster_ms())
+                owner.delivery.release_all(receipts_of(grant.entries), self.cluster_ms())
             else:
                 self.host.cover("granted_to_a_waiter")
                 reply.resolve(self.rendered(partition, grant.entries))
@@ -147,7 +147,8 @@ class DeliveryNode(SimNode):
         owner.proposed(gathered, outcome.first, now_ms)
         self.run(outcome.effects)
 
-    def rendered(self, partition: int, entries: list[Entry]) -> list[dict[str, Any]]:
+    def rendered(self, partition: int, taken: list[Taken]) -> list[dict[str, Any]]:
+        entries = singly(taken)
         for entry in entries:
             if entry.attempt > 1:
                 self.host.cover("redelivered")
@@ -195,7 +196,7 @@ class DeliveryNode(SimNode):
         match op:
             case Produce():
                 answer = owner.produce(token, op, self.cluster_ms(), self.host.wall_ms())
-            case Settle():
+            case Settle() | SettleRuns():
                 answer = owner.settle(token, op)
             case Configure():
                 answer = owner.configure(token, op)

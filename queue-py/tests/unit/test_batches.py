@@ -4,6 +4,7 @@ of bodies, taken straight from there. (The property test mixes them; these fail 
 from __future__ import annotations
 
 from message_queue.core.delivery.invariants import check
+from message_queue.core.delivery.lots import singly
 from message_queue.core.delivery.partition import PartitionDelivery
 from message_queue.core.delivery.stored import MessageMeta
 
@@ -21,7 +22,7 @@ def store(sut: PartitionDelivery, first: int, count: int = RUN, ready_at_ms: int
 
 
 def take(sut: PartitionDelivery, most: int, now: int = 0) -> list[int]:
-    taken = sut.take("q", most, 100, now)
+    taken = singly(sut.take("q", most, 100, now))
     check(sut)
     assert [entry.body for entry in taken] == [body(entry.dot) for entry in taken]
     return [entry.dot for entry in taken]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from message_queue.core.delivery.invariants import check
+from message_queue.core.delivery.lots import singly
 from message_queue.core.delivery.model import MAX_LEASE_MS, Entry, Receipt, Settings, Verdict
 from message_queue.core.delivery.partition import PartitionDelivery
 
@@ -25,7 +26,7 @@ def put(sut: PartitionDelivery, dot: int, now: int = 0, **fields: Any) -> None:
 
 
 def take(sut: PartitionDelivery, most: int = 10, lease: int = 100, now: int = 0) -> list[int]:
-    taken = [entry.dot for entry in sut.take("q", most, lease, now)]
+    taken = [entry.dot for entry in singly(sut.take("q", most, lease, now))]
     check(sut)
     return taken
 
@@ -34,7 +35,7 @@ def granted(sut: PartitionDelivery) -> dict[int, list[int]]:
     grants, endings = sut.drain()
     assert not endings
     check(sut)
-    return {grant.token: [entry.dot for entry in grant.entries] for grant in grants}
+    return {grant.token: [entry.dot for entry in singly(grant.entries)] for grant in grants}
 
 
 def test_a_group_waits_while_its_head_is_in_flight_whatever_arrives() -> None:
@@ -170,7 +171,7 @@ def test_thousands_of_settled_messages_leave_nothing_behind() -> None:
     sut = machine()
     for dot in range(1, 5_001):
         sut.put(Entry(dot=dot, queue="q", body=b"1", body_bytes=1, enqueued_ms=0), 0)
-        [entry] = sut.take("q", 1, 30_000, 0)
+        [entry] = singly(sut.take("q", 1, 30_000, 0))
         sut.settle(entry.dot, None)
         sut.gone(entry.dot, 0)
     check(sut)

@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 
 from message_queue.core.delivery.leases import encode_leases
+from message_queue.core.delivery.lots import singly
 from message_queue.core.delivery.model import Entry, Receipt, dead_letter_queue
-from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner, spans_of
+from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
+from message_queue.core.delivery.pending import spans_of
 from message_queue.core.ids import message_id, pack_dot, parse_id
 from message_queue.core.operations import (
     Answer,
@@ -119,7 +121,7 @@ class Bench:
         return name.dot
 
     def take(self, queue: str, most: int = 1, visibility_ms: int = 100) -> list[Entry]:
-        taken = self.owner.delivery.take(queue, most, visibility_ms, self.now)
+        taken = singly(self.owner.delivery.take(queue, most, visibility_ms, self.now))
         self.drain()
         return taken
 
@@ -400,7 +402,7 @@ def test_leases_that_are_no_leases_are_ignored() -> None:
     bench = Bench()
     bench.produce("q", text("a"))
     bench.store()
-    for leases in (b"\xff\x00", encode_leases([]), b"\x91\x91\x01"):
+    for leases in (b"\xff\x00", encode_leases([], []), b"\x91\x91\x01"):
         assert len(bench.successor(leases).take("q")) == 1
 
 

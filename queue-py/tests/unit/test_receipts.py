@@ -20,6 +20,7 @@ def machine() -> PartitionDelivery:
 def take(sut: PartitionDelivery, now: int = 0) -> tuple[Receipt, int]:
     """The receipt, and the attempt that the consumer is told."""
     (entry,) = sut.take("q", 1, 100, now)
+    assert isinstance(entry, Entry)
     check(sut)
     return Receipt(entry.epoch, entry.attempt), entry.seen
 
@@ -35,8 +36,8 @@ def test_the_receipt_of_a_released_delivery_never_names_another_one() -> None:
     assert sut.release(1, first, 0) is Verdict.OVERTAKEN
     assert sut.nack(1, first, 0, 0) is Verdict.OVERTAKEN
     assert sut.extend(1, first, 100, 0) is Verdict.OVERTAKEN
-    assert sut.settle_all([1], [str(first)]) == [Verdict.OVERTAKEN]
-    assert sut.settle_all([1], [str(second)]) == [Verdict.DONE]
+    assert sut.settle_span(1, 1, str(first)) == [(1, 1, Verdict.OVERTAKEN)]
+    assert sut.settle_span(1, 1, str(second)) == [(1, 1, Verdict.DONE)]
 
 
 def test_a_release_counts_as_no_attempt_towards_the_last_one() -> None:
@@ -57,7 +58,7 @@ def test_a_successor_knows_which_deliveries_were_no_attempts() -> None:
     sut = machine()
     sut.release(1, take(sut)[0], 0)
     receipt, _ = take(sut)
-    (lease,) = decode_leases(encode_leases(sut.delivered.values()))
+    (lease,) = decode_leases(encode_leases(sut.delivered.values(), sut.lots))
     successor = PartitionDelivery(EPOCH + 1)
     successor.put(Entry(dot=1, queue="q", body=b"1", body_bytes=1, enqueued_ms=0), 0)
     successor.restore_lease(lease, 0)
@@ -70,13 +71,15 @@ def test_a_receipt_that_was_never_given_settles_nothing() -> None:
     for text in ("3.2", "3.99", "4.1", "9999999999999999.1", "3", "x", "", "3.1.1", "-3.1", "٣.1"):
         sut = machine()
         take(sut)
-        assert sut.settle_all([1], [text]) == [Verdict.OVERTAKEN], text
+        assert sut.settle_span(1, 1, text) == [(1, 1, Verdict.OVERTAKEN)], text
         assert sut.nack(1, parse_receipt(text), 0, 0) is Verdict.OVERTAKEN, text
         assert sut.extend(1, parse_receipt(text), 50, 0) is Verdict.OVERTAKEN, text
 
 
 def test_a_receipt_of_an_owner_whose_deliveries_were_forgotten_is_good() -> None:
     sut = machine()
-    assert sut.settle_all([1], ["2.7"]) == [Verdict.DONE]
+    assert sut.settle_span(1, 1, "2.7") == [(1, 1, Verdict.DONE)]
     sut = machine()
-    assert sut.settle_all([1], ["3.1"]) == [Verdict.OVERTAKEN], "in this epoch it was not delivered"
+    assert sut.settle_span(1, 1, "3.1") == [(1, 1, Verdict.OVERTAKEN)], (
+        "in this epoch it was not delivered"
+    )

@@ -7,6 +7,7 @@ comes near or somebody names it.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -29,6 +30,9 @@ class Shelf(Protocol):
 
     def card(self, dot: int) -> Card | None:
         """Of a stored plain message; None for any other."""
+
+    def sizes(self, first: int, count: int) -> array[int]:
+        """Bytes of the bodies of consecutive messages within a chunk; 0 where nothing is known."""
 
 
 class ShelfPart(NamedTuple):
@@ -110,20 +114,36 @@ class Backlog:
         if self._head is not None and (-priority, first) < (-self._head[0], self._head[1]):
             self._head = None
 
-    def take_first(self, priority: int, most: int, below: int | None) -> list[int]:
-        """Up to `most` messages of a priority leave, in order, only those before the dot `below`.
-        The caller takes off `bytes` what their bodies take."""
+    def take_first(self, priority: int, most: int, below: int | None) -> list[tuple[int, int]]:
+        """Up to `most` messages of a priority leave, in order, only those before the dot `below`:
+        (first, last) of spans, none across a chunk. The caller takes off `bytes` what their bodies
+        take."""
         level = self._levels[priority]
         if level is None:
             return []
-        dots: list[int] = []
-        for epoch, first, last in level.take_first(most, unpack_dot(below) if below else None):
-            dots += range(pack_dot(epoch, first), pack_dot(epoch, last) + 1)
-        self.count -= len(dots)
+        spans = [
+            (pack_dot(epoch, first), pack_dot(epoch, last))
+            for epoch, first, last in level.take_first(most, unpack_dot(below) if below else None)
+        ]
+        self.count -= sum([last - first + 1 for first, last in spans])
         if not level:
             self._levels[priority] = None
         self._head = None
-        return dots
+        return spans
+
+    def take_span(self, priority: int, first: int, last: int) -> bool:
+        """Consecutive messages within a chunk leave, if all of them wait here. The caller takes off
+        `bytes` what their bodies take."""
+        level = self._levels[priority]
+        epoch, low = unpack_dot(first)
+        if level is None or not level.covers(epoch, low, unpack_dot(last)[1]):
+            return False
+        level.remove_range(epoch, low, unpack_dot(last)[1])
+        self.count -= last - first + 1
+        if not level:
+            self._levels[priority] = None
+        self._head = None
+        return True
 
     def add_chunk(self, base: int, bits: int, priority: int, body_bytes: int) -> None:
         """Many at once: bit i is the message `base` + i (a multiple of the chunk's size).

@@ -142,13 +142,6 @@ class Ending(msgspec.Struct, frozen=True):
     reason: Ended
 
 
-class Grant(msgspec.Struct, frozen=True):
-    """Messages leased to a waiter, which has left the line."""
-
-    token: int
-    entries: list[Entry]
-
-
 class Counts(msgspec.Struct, frozen=True):
     """What `GET /queues/{q}` shows."""
 

@@ -18,18 +18,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from message_queue.core.delivery import stored
+from message_queue.core.delivery import settling, stored
 from message_queue.core.delivery.answers import created, returned
 from message_queue.core.delivery.backlog import Purged, Shelf, ShelfPart
 from message_queue.core.delivery.dedupe import DedupeWindow, Mark
 from message_queue.core.delivery.intake import count_new, take_in
 from message_queue.core.delivery.leases import decode_leases, encode_leases
+from message_queue.core.delivery.lots import Grant
 from message_queue.core.delivery.model import (
     Ended,
     Entry,
-    Grant,
     Settings,
-    Verdict,
     parse_receipt,
 )
 from message_queue.core.delivery.partition import PartitionDelivery
@@ -38,7 +37,9 @@ from message_queue.core.delivery.pending import (
     Pending,
     Settling,
     Storing,
-    spans_of,
+    joined,
+    singly,
+    unpacked,
 )
 from message_queue.core.delivery.stored import DedupeMark, MessageMeta
 from message_queue.core.ids import message_id, pack_dot
@@ -48,8 +49,8 @@ from message_queue.core.operations import (
     Extend,
     Nack,
     Produce,
-    Results,
     Settle,
+    SettleRuns,
     refusal,
     unknown_outcome,
 )
@@ -61,7 +62,6 @@ NOTE_KEY = "note/"
 MARK_BYTES = 500
 """About what an id in the dedupe window takes in memory (measured)."""
 _json = msgspec.json.Encoder()
-_msgpack = msgspec.msgpack.Encoder()
 _settings_decoder = msgspec.json.Decoder(Settings)
 Finished = tuple[int, Answer | None]
 
@@ -194,26 +194,15 @@ class PartitionOwner:
         )
         return None
 
-    def settle(self, token: int, op: Settle) -> Answer | None:
-        """Acknowledge. The answer's body is a `Results`."""
-        statuses: list[int] = []
-        dots: list[int] = []
-        for dot, verdict in zip(
-            op.dots, self.delivery.settle_all(op.dots, op.receipts), strict=False
-        ):
-            match verdict:
-                case Verdict.DONE | Verdict.SETTLING:
-                    # One that is settling already is acked once more: it is done when stored.
-                    statuses.append(200)
-                    dots.append(dot)
-                case Verdict.OVERTAKEN:
-                    statuses.append(409)
-                case _:
-                    statuses.append(200 if self._covers(dot) else 404)
-        answer = Answer(200, _msgpack.encode(Results(tuple(statuses))))
-        if not dots:
+    def settle(self, token: int, op: Settle | SettleRuns) -> Answer | None:
+        """Acknowledge. The answer's body is a `Results`, or a `SettledRuns`."""
+        if isinstance(op, Settle):
+            answer, ending = settling.settle(self.delivery, op, self._covers)
+        else:
+            answer, ending = settling.settle_runs(self.delivery, op, self._covers)
+        if not ending:
             return answer
-        self._end(token, dots, answer)
+        self._end(token, ending, answer)
         return None
 
     def nack(self, op: Nack, now_ms: int) -> Answer:
@@ -256,9 +245,9 @@ class PartitionOwner:
         if not delete:
             if not dots and waiting is None:
                 return answer
-            self._end(token, dots, answer, waiting)
+            self._end(token, singly(dots), answer, waiting)
             return None
-        self._end(0, dots, None, waiting)
+        self._end(0, singly(dots), None, waiting)
         self._drafts.append(SetDraft(SETTINGS_KEY + queue, b""))
         self._gathered.append(Configuring(token, 1, 1, queue=queue, answer=answer))
         return None
@@ -266,7 +255,7 @@ class PartitionOwner:
     def remove(self, dots: Sequence[int], note: str | None = None) -> None:
         """End messages that are already SETTLING (they are stored at their target), and with them
         the note about their move."""
-        self._end(0, list(dots), None)
+        self._end(0, singly(dots), None)
         if note is not None:
             self.keep_note(0, note, b"")
 
@@ -297,7 +286,7 @@ class PartitionOwner:
         self._events(now_ms)
         closed = [dot for dot in self.window.expire(now_ms) if dot]
         if closed:
-            self._end(0, closed, None)
+            self._end(0, singly(closed), None)
 
     def due(self, now_ms: int) -> bool:
         """Whether `tick` has something to do. O(1)."""
@@ -332,7 +321,7 @@ class PartitionOwner:
         if self.delivery.deliveries_changed == self._leases_sent:
             return None
         self._leases_sent = self.delivery.deliveries_changed
-        return encode_leases(self.delivery.delivered.values())
+        return encode_leases(self.delivery.delivered.values(), self.delivery.lots)
 
     # ── storing ─────────────────────────────────────────────────────────────────────────────────
 
@@ -396,8 +385,8 @@ class PartitionOwner:
             match item:
                 case Storing():
                     self._stored(item, now_ms)
-                case Settling(dots=dots, answer=answer, purged=purged):
-                    self.delivery.gone_all(dots, now_ms)
+                case Settling(spans=spans, answer=answer, purged=purged):
+                    self.delivery.gone_all(spans, now_ms)
                     if purged is not None:
                         self.delivery.purged(purged)
                     if answer is not None:
@@ -426,15 +415,20 @@ class PartitionOwner:
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     def _end(
-        self, token: int, dots: list[int], answer: Answer | None, purged: Purged | None = None
+        self,
+        token: int,
+        messages: list[tuple[int, int]],
+        answer: Answer | None,
+        purged: Purged | None = None,
     ) -> None:
-        spans = spans_of(dots)
+        own = joined(messages)
+        spans = unpacked(own)
         if purged is not None:
             ending = purged.all()
             ending.update(DotSet(spans))
             spans = ending.spans()
         self._drafts.append(AckDraft(spans))
-        self._gathered.append(Settling(token, 1, 1, dots=tuple(dots), answer=answer, purged=purged))
+        self._gathered.append(Settling(token, 1, 1, spans=own, answer=answer, purged=purged))
 
     def _stored(self, item: Storing, now_ms: int) -> None:
         self._storing[item.queue] -= item.messages
@@ -458,9 +452,8 @@ class PartitionOwner:
                 self.storing_bytes -= sum(run.body_bytes for run in new)
                 for _, _, mark in marks:
                     mark.until_ms = 0  # closed: the id is free again
-            case Settling(dots=dots, purged=purged):
-                for dot in dots:
-                    self.delivery.unsettle(dot, now_ms)
+            case Settling(spans=spans, purged=purged):
+                self.delivery.unsettle_all(spans, now_ms)
                 if purged is not None:
                     self.delivery.unpurge(purged, now_ms)
             case _:
@@ -477,5 +470,5 @@ class PartitionOwner:
         if endings:
             expired = [e.entry.dot for e in endings if e.reason is Ended.EXPIRED]
             if expired:
-                self._end(0, expired, None)
+                self._end(0, singly(expired), None)
             self.dead_letters += [e.entry for e in endings if e.reason is Ended.EXHAUSTED]

@@ -97,12 +97,36 @@ class Parcels:
         parcel.left -= 1
         self.bytes -= len(body) + SLOT_BYTES
         if not parcel.left:
-            block = self._blocks[dot >> _BLOCK_BITS]
-            if len(block) == 1:
-                del self._blocks[dot >> _BLOCK_BITS]
-            else:
-                del block[bisect_right(block, parcel.first, key=_first) - 1]
+            self._remove(parcel)
         return body
+
+    def _remove(self, parcel: Parcel) -> None:
+        key = parcel.first >> _BLOCK_BITS
+        block = self._blocks[key]
+        if len(block) == 1:
+            del self._blocks[key]
+        else:
+            del block[bisect_right(block, parcel.first, key=_first) - 1]
+
+    def take_run(self, parcel: Parcel, first: int, count: int) -> list[bytes]:
+        """`take` for consecutive messages of one parcel. O(1) for all of it, but for the sizes."""
+        low = first - parcel.first
+        bodies = [body for body in parcel.bodies[low : low + count] if body is not None]
+        if len(bodies) < count:
+            raise AssertionError("a message left twice")
+        self.bytes -= sum(map(len, bodies)) + SLOT_BYTES * count
+        if parcel.left > count:
+            parcel.bodies[low : low + count] = [None] * count
+            parcel.left -= count
+            return bodies
+        self._remove(parcel)
+        return bodies
+
+    def next_first(self, dot: int) -> int:
+        """Where the first parcel behind `dot` begins; at the next multiple of 1,024 at most."""
+        block = self._blocks.get(dot >> _BLOCK_BITS, ())
+        at = bisect_right(block, dot, key=_first)
+        return block[at].first if at < len(block) else (dot | _LOW) + 1
 
     def drop(self, dots: DotSet) -> None:
         """Messages that ended; those that are not here are passed over."""

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from message_queue.core.delivery.backlog import Purged
 from message_queue.core.delivery.leases import Lease, postpone
 from message_queue.core.delivery.lifecycle import State
+from message_queue.core.delivery.lots import Taken
 from message_queue.core.delivery.model import (
     MAX_LEASE_MS,
     Ended,
@@ -36,6 +37,9 @@ from message_queue.core.delivery.queues import (
 from message_queue.core.delivery.stored import MessageMeta, entry_of, waits_for_nothing
 from message_queue.core.delivery.turns import Turns
 from message_queue.core.ids import unpack_dot
+
+Settled = tuple[int, int, Verdict]
+"""(first, last, what became of them)"""
 
 
 class PartitionDelivery(Turns):
@@ -92,11 +96,11 @@ class PartitionDelivery(Turns):
         for dot, body in enumerate(bodies, first):
             self.put(entry_of(dot, meta, body if keep else None, len(body)), now_ms)
 
-    def gone_all(self, dots: Iterable[int], now_ms: int) -> None:
-        """`gone` for many."""
+    def gone_all(self, spans: Iterable[tuple[int, int]], now_ms: int) -> None:
+        """`gone` for many: (first, last) of what follows each other."""
         entries, delivered = self.entries, self.delivered
         touched: dict[str, Queue] = {}
-        for dot in dots:
+        for dot in self._gone_lots(spans, touched):
             entry = entries.get(dot)
             if entry is None:
                 continue
@@ -120,6 +124,9 @@ class PartitionDelivery(Turns):
 
     def gone(self, dot: int, now_ms: int) -> Entry | None:
         """A message's end is durable: forget it. Returns what it was, None if nothing was held."""
+        lot = self.lots.holding(dot)
+        if lot is not None:
+            self._apart(self._cut(lot, dot, dot))
         entry = self.entries.pop(dot, None)
         if entry is None:
             return None
@@ -143,12 +150,18 @@ class PartitionDelivery(Turns):
         if not queue.held and len(self._queues) > MAX_IDLE_QUEUES:
             queue.used = False
             self._drop_if_idle(queue)
-        self._timers.trim(self.entries, len(self.entries))
+        self._timers.trim(self.entries, self.lots, count=len(self.entries) + self.lots.count)
 
     def restore_lease(self, lease: Lease, now_ms: int) -> None:
-        """At takeover: the previous owner had delivered this message."""
-        entry = self._find(lease.dot)
-        if entry is None or entry.state is not State.READY or lease.epoch >= self.epoch:
+        """At takeover: the previous owner had delivered this message, or these."""
+        if lease.epoch >= self.epoch or (lease.count > 1 and self._restore_lot(lease, now_ms)):
+            return
+        for dot in range(lease.dot, lease.dot + lease.count):
+            self._restore_one(dot, lease, now_ms)
+
+    def _restore_one(self, dot: int, lease: Lease, now_ms: int) -> None:
+        entry = self._find(dot)
+        if entry is None or entry.state is not State.READY:
             return
         queue = self._queues[entry.queue]
         entry.epoch, entry.attempt, entry.unseen = lease.epoch, lease.attempt, lease.unseen
@@ -183,13 +196,30 @@ class PartitionDelivery(Turns):
 
     def take(
         self, queue_name: str, most: int, visibility_ms: int | None, now_ms: int
-    ) -> list[Entry]:
+    ) -> list[Taken]:
         """Lease up to `most` messages; the queue's visibility when `visibility_ms` is None."""
         queue = self._queues.get(queue_name)
         if queue is None or queue.waiters:
             # Those who wait came first; a ready message would already be theirs.
             return []
         return self._take(queue, most, visibility_ms, now_ms)
+
+    def release_all(self, spans: Iterable[tuple[int, int, Receipt]], now_ms: int) -> None:
+        """`release` for many: (first, last, receipt) of what follows each other."""
+        for dot, last, receipt in spans:
+            while dot <= last:
+                lot = self.lots.holding(dot)
+                if lot is None:
+                    self.release(dot, receipt, now_ms)
+                    dot += 1
+                    continue
+                upto = min(last, lot.last)
+                if not lot.settling and receipt == Receipt(lot.epoch, 1):
+                    entries = self._apart(self._cut(lot, dot, upto))
+                    for entry in entries:
+                        entry.unseen = 1
+                    self._ready_all(self._queues[lot.queue], entries, now_ms)
+                dot = upto + 1
 
     def release(self, dot: int, receipt: Receipt, now_ms: int) -> Verdict:
         """Undo a delivery that never reached its consumer: it was no attempt."""
@@ -209,31 +239,53 @@ class PartitionDelivery(Turns):
         self._move(self._queues[entry.queue], entry, State.SETTLING)
         return Verdict.DONE
 
-    def settle_all(self, dots: Sequence[int], receipts: Sequence[str | None]) -> list[Verdict]:
-        """`settle` for many; receipts as their texts."""
-        verdicts: list[Verdict] = []
-        epoch = attempt = -1
-        current = ""
-        queue: Queue | None = None
-        for dot, text in zip(dots, receipts, strict=False):
-            entry = self.entries.get(dot)
+    def settle_span(self, first: int, last: int, text: str | None) -> list[Settled]:
+        """`settle` for messages that follow each other, with one receipt, as its text: a verdict
+        for each part of them that has one."""
+        receipt = parse_receipt(text) if text is not None else None
+        entries = self.entries
+        found: list[Settled] = []
+        dot = first
+        while dot <= last:
+            entry = entries.get(dot)
+            if entry is None and (lot := self.lots.holding(dot)) is not None:
+                upto = min(last, lot.last)
+                found.append((dot, upto, self._settle_lot(lot, dot, upto, receipt)))
+                dot = upto + 1
+                continue
             if entry is not None and entry.state is State.LEASED:
-                if entry.attempt != attempt or entry.epoch != epoch:
-                    epoch, attempt = entry.epoch, entry.attempt
-                    current = str(Receipt(epoch, attempt))
-                if text is None or text == current:
-                    # What `_move` would do.
-                    if queue is None or queue.name != entry.queue:
-                        queue = self._queues[entry.queue]
-                    queue.counts[State.LEASED] -= 1
-                    queue.counts[State.SETTLING] += 1
-                    self.deliveries_changed += 1
-                    entry.state = State.SETTLING
-                    verdicts.append(Verdict.DONE)
+                if self._overtaken(entry, receipt):
+                    verdict = Verdict.OVERTAKEN
+                else:
+                    verdict = Verdict.DONE
+                    self._move(self._queues[entry.queue], entry, State.SETTLING)
+            else:
+                verdict = self.settle(dot, receipt)
+            found.append((dot, dot, verdict))
+            dot += 1
+        return found
+
+    def unsettle_all(self, spans: Iterable[tuple[int, int]], now_ms: int) -> None:
+        """`unsettle` for many: (first, last) of what follows each other."""
+        for dot, last in spans:
+            while dot <= last:
+                lot = self.lots.holding(dot)
+                if lot is None:
+                    self.unsettle(dot, now_ms)
+                    dot += 1
                     continue
-            receipt = parse_receipt(text) if text is not None else None
-            verdicts.append(self.settle(dot, receipt))
-        return verdicts
+                lot = self._cut(lot, dot, min(last, lot.last))
+                dot += lot.count
+                if not lot.settling:
+                    continue
+                if lot.due_ms <= now_ms:
+                    self._ready_all(self._queues[lot.queue], self._apart(lot), now_ms)
+                    continue
+                lot.settling = False
+                counts = self._queues[lot.queue].counts
+                counts[State.SETTLING] -= lot.count
+                counts[State.LEASED] += lot.count
+                self.deliveries_changed += 1
 
     def unsettle(self, dot: int, now_ms: int) -> None:
         """The end was refused for certain: the message stands where it stood."""
@@ -297,7 +349,11 @@ class PartitionDelivery(Turns):
         ending = [e for e in queue.entries() if e.state not in (State.GONE, State.SETTLING)]
         for entry in ending:
             self._move(queue, entry, State.SETTLING)
-        return [entry.dot for entry in ending], self._end_backlog(queue)
+        dots = [entry.dot for entry in ending]
+        for lot in [lot for lot in self.lots if lot.queue == queue_name and not lot.settling]:
+            self._settle_lot(lot, lot.first, lot.last, None)
+            dots += range(lot.first, lot.last + 1)
+        return dots, self._end_backlog(queue)
 
     def unpurge(self, purged: Purged, now_ms: int) -> None:
         """Their end was refused."""
@@ -330,6 +386,9 @@ class PartitionDelivery(Turns):
         while (dot := self._timers.pop(now_ms)) is not None:
             entry = self.entries.get(dot)
             if entry is None:
+                lot = self.lots.holding(dot)
+                if lot is not None and not lot.settling and lot.due_ms <= now_ms:
+                    self._lease_over(lot, now_ms)
                 continue
             queue = self._queues[entry.queue]
             match entry.state:
@@ -348,7 +407,7 @@ class PartitionDelivery(Turns):
 
     def postpone(self, by_ms: int) -> None:
         """See `leases.postpone`."""
-        postpone(self.delivered.values(), self._timers, by_ms)
+        postpone(self.delivered.values(), self.lots, self._timers, by_ms)
         self.deliveries_changed += 1
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
@@ -381,6 +440,12 @@ class PartitionDelivery(Turns):
 
     def _named(self, dot: int, receipt: Receipt | None) -> Entry | Verdict:
         """The message that a consumer means, or why it has no say about it."""
+        lot = self.lots.holding(dot)
+        if lot is not None:
+            if lot.settling:
+                return Verdict.SETTLING
+            if self._stale(receipt, Receipt(lot.epoch, 1)):
+                return Verdict.OVERTAKEN
         entry = self._find(dot)
         if entry is None:
             return Verdict.SETTLING if self.ending.has(*unpack_dot(dot)) else Verdict.UNKNOWN
@@ -391,8 +456,4 @@ class PartitionDelivery(Turns):
     def _overtaken(self, entry: Entry, receipt: Receipt | None) -> bool:
         """Whether a later delivery than the receipt's exists, or the receipt was never given. One
         of an earlier owner whose lease was forgotten is good while nobody else has the message."""
-        if receipt is None:
-            return False
-        last = Receipt(entry.epoch, entry.attempt)
-        # What this owner gave it knows; a later number than that was never given.
-        return receipt < last or (receipt.epoch >= self.epoch and receipt != last)
+        return self._stale(receipt, Receipt(entry.epoch, entry.attempt))

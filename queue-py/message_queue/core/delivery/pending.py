@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
@@ -11,7 +11,7 @@ from message_queue.core.delivery.dedupe import Mark
 from message_queue.core.delivery.model import Settings
 from message_queue.core.delivery.stored import MessageMeta
 from message_queue.core.ids import unpack_dot
-from message_queue.core.messages import Span, Spans
+from message_queue.core.messages import Spans
 from message_queue.core.operations import Answer
 
 
@@ -55,7 +55,8 @@ class Storing(_Pending):
 
 
 class Settling(_Pending):
-    dots: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+    """(first, last) of what follows each other: sorted, disjoint."""
     answer: Answer | None = None
     purged: Purged | None = None
     """Messages of a backlog that end with it."""
@@ -71,17 +72,44 @@ class Configuring(_Pending):
 Pending = Storing | Settling | Configuring
 
 
-def spans_of(dots: Sequence[int]) -> Spans:
-    """Packed dots as spans: sorted, joined where they touch."""
-    spans: list[Span] = []
-    first = last = -1
-    for dot in sorted(set(dots)):
+def joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """(first, last) of packed dots: sorted, joined where they touch or overlap."""
+    out: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
         # No epoch has so many records that the next one's dots would follow on its own.
-        if dot != last + 1:
+        if out and first <= out[-1][1] + 1:
+            if last > out[-1][1]:
+                out[-1] = (out[-1][0], last)
+        else:
+            out.append((first, last))
+    return tuple(out)
+
+
+def unpacked(spans: Iterable[tuple[int, int]]) -> Spans:
+    """What `joined` gave, as records have it."""
+    return tuple([(*unpack_dot(first), unpack_dot(last)[1]) for first, last in spans])
+
+
+def spans_of(dots: Iterable[int]) -> Spans:
+    """Packed dots as spans: sorted, joined where they touch."""
+    return unpacked(joined(singly(dots)))
+
+
+def singly(dots: Iterable[int]) -> list[tuple[int, int]]:
+    """Dots as spans of one each."""
+    return [(dot, dot) for dot in dots]
+
+
+def runs_of(
+    dots: Sequence[int], receipts: Sequence[str | None]
+) -> Iterator[tuple[int, int, str | None]]:
+    """(first, last, receipt) of dots that follow each other with one receipt, in their order."""
+    first, last, receipt = -1, -2, None
+    for dot, its in zip(dots, receipts, strict=False):
+        if dot != last + 1 or its != receipt:
             if first >= 0:
-                spans.append((*unpack_dot(first), unpack_dot(last)[1]))
-            first = dot
+                yield first, last, receipt
+            first, receipt = dot, its
         last = dot
     if first >= 0:
-        spans.append((*unpack_dot(first), unpack_dot(last)[1]))
-    return tuple(spans)
+        yield first, last, receipt

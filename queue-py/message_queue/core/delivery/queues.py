@@ -9,6 +9,7 @@ from typing import NamedTuple
 from message_queue.core.delivery.backlog import Backlog, Card, Shelf
 from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.line import Line
+from message_queue.core.delivery.lots import Lot
 from message_queue.core.delivery.model import Counts, Entry, Settings, default_settings
 
 MAX_IDLE_QUEUES = 10_000
@@ -30,6 +31,7 @@ class QueueView(NamedTuple):
     counts: list[int]
     bytes: int
     members: list[Entry]
+    lots: list[Lot]
     line_head: Entry | None
     backlog: Backlog
     waiters: int

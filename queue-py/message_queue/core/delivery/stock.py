@@ -1,14 +1,19 @@
-"""All messages that a partition's owner holds: those in play, each with an `Entry`, and those that
-wait in their queue's backlog, of which a bit is all that is in memory."""
+"""All messages that a partition's owner holds: those in play, each with an `Entry` or many of them
+in a `Lot`, and those that wait in their queue's backlog, of which a bit is all that is in
+memory."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
+
+from msgspec.structs import replace
 
 from message_queue.core.delivery.backlog import Card, Purged, Shelf
 from message_queue.core.delivery.lifecycle import State
-from message_queue.core.delivery.model import Entry
-from message_queue.core.delivery.parcels import Parcel, Parcels
+from message_queue.core.delivery.lots import LOT_BYTES, Lot, Lots, pieces, singles
+from message_queue.core.delivery.model import Counts, Entry
+from message_queue.core.delivery.parcels import SLOT_BYTES, Parcel, Parcels
 from message_queue.core.delivery.queues import Queue, QueueBook
 from message_queue.core.delivery.stored import MessageMeta
 from message_queue.core.delivery.timers import Timers
@@ -23,13 +28,18 @@ ENTRY_BYTES = 640
 
 
 class Stock(QueueBook):
-    """Invariants: no message is both in play and in a backlog; every DELAYED and LEASED entry has
-    a timer at its `due_ms` or earlier, and every entry that can expire one at its expiry or
-    earlier; every queue with a retention and a backlog is in `_retained`."""
+    """Invariants: a message is in one place, an entry, a lot or a backlog; every DELAYED and LEASED
+    entry and every LEASED lot has a timer at its `due_ms` or earlier, and every entry that can
+    expire one at its expiry or earlier; every queue with a retention and a backlog is in
+    `_retained`."""
 
     def __init__(self, shelf: Shelf | None) -> None:
         super().__init__(shelf)
         self.entries: dict[int, Entry] = {}
+        self.lots = Lots()
+        self.delivered: dict[int, Entry] = {}
+        """Entries that were delivered and are still held; with the lots, what a successor should
+        know."""
         self.resident_bytes = 0
         """Bodies of messages in play that are in memory."""
         self.parcels = Parcels()
@@ -43,12 +53,23 @@ class Stock(QueueBook):
     @property
     def held(self) -> int:
         """Messages of all queues. O(queues)."""
-        return len(self.entries) + sum(q.backlog.held for q in self._queues.values())
+        waiting = sum(q.backlog.held for q in self._queues.values())
+        return len(self.entries) + self.lots.messages + waiting
 
     @property
     def memory_bytes(self) -> int:
         """About what messages in play, and bodies, take. O(1)."""
-        return self.resident_bytes + self.parcels.bytes + ENTRY_BYTES * len(self.entries)
+        of_lots = LOT_BYTES * self.lots.count + SLOT_BYTES * self.lots.bodies
+        return self.resident_bytes + self.parcels.bytes + ENTRY_BYTES * len(self.entries) + of_lots
+
+    def counts(self, queue_name: str) -> Counts:
+        """See `QueueBook`. O(lots)."""
+        counts = super().counts(queue_name)
+        times = [lot.enqueued_ms for lot in self.lots if lot.queue == queue_name]
+        if not times:
+            return counts
+        oldest = min(times) if counts.oldest_ms is None else min(*times, counts.oldest_ms)
+        return replace(counts, oldest_ms=oldest)
 
     def card(self, dot: int) -> Card | None:
         """What is known of a message that waits."""
@@ -105,10 +126,13 @@ class Stock(QueueBook):
             self._recall_first(queue, head[0], most)
 
     def _find(self, dot: int) -> Entry | None:
-        """The message of a dot: in play, or called into play."""
+        """The message of a dot: in play, taken out of its lot, or called into play."""
         entry = self.entries.get(dot)
         if entry is not None:
             return entry
+        lot = self.lots.holding(dot)
+        if lot is not None:
+            return self._apart(self._cut(lot, dot, dot))[0]
         card = self.card(dot)
         queue = self._queues.get(card.queue) if card is not None else None
         if card is None or queue is None or not queue.backlog.has(dot, card.priority):
@@ -120,9 +144,10 @@ class Stock(QueueBook):
         for dot in queue.backlog.first(priority, _within(most)):
             self._recall(queue, priority, dot)
 
-    def _draw(self, queue: Queue, most: int) -> list[Entry]:
+    def _draw(self, queue: Queue, most: int) -> list[Lot]:
         """Up to `most` messages from the head of the backlog, as far as they come before those in
-        line: in play, and in no state yet. [] also if their lifetime must be watched."""
+        line: in no state yet, and in none of the books. [] also if their lifetime must be
+        watched."""
         head = queue.backlog.head()
         if head is None or queue.settings.retention_ms is not None:
             return []
@@ -131,21 +156,67 @@ class Stock(QueueBook):
             if before(entry, head):
                 return []
             below = entry.dot if entry.priority == head[0] else None
-        drawn: list[Entry] = []
-        parcel: Parcel | None = None
-        priority, name, entries = head[0], queue.name, self.entries
-        total = 0
-        for dot in queue.backlog.take_first(priority, most, below):
-            if parcel is None or not parcel.first <= dot < parcel.first + len(parcel.bodies):
-                parcel = self.parcels.holding(dot)
-            entry = self._entry(name, priority, dot, parcel)
-            total += entry.body_bytes
-            entries[dot] = entry
-            drawn.append(entry)
-        queue.backlog.bytes -= total
-        queue.bytes += total
-        queue.recalled.extend(drawn)
+        drawn: list[Lot] = []
+        for first, last in queue.backlog.take_first(head[0], most, below):
+            while first <= last:
+                lot = self._lot(queue, head[0], first, last)
+                drawn.append(lot)
+                first += lot.count
         return drawn
+
+    def _lot(self, queue: Queue, priority: int, first: int, last: int) -> Lot:
+        """Messages that just left the backlog, together: as many from `first` on as lie in one
+        parcel, or on disk."""
+        parcel = self.parcels.holding(first)
+        meta: MessageMeta | None = None
+        bodies: list[bytes] | None = None
+        if parcel is not None:
+            count = min(last + 1, parcel.first + len(parcel.bodies)) - first
+            bodies, meta = self.parcels.take_run(parcel, first, count), parcel.meta
+            sizes, enqueued_ms = array("I", map(len, bodies)), meta.enqueued_ms
+        else:
+            count = min(last + 1, self.parcels.next_first(first)) - first
+            shelf, card = self.shelf, super().card(first)
+            # What turned out unreadable a moment ago has no card: reading it will say so.
+            sizes = shelf.sizes(first, count) if shelf is not None else array("I", [0]) * count
+            enqueued_ms = card.enqueued_ms if card is not None else 1 << 62
+        size = sum(sizes)
+        if bodies is not None:
+            self.resident_bytes += size
+        queue.backlog.bytes -= size
+        queue.bytes += size
+        return Lot(
+            first, count, queue.name, priority, enqueued_ms, sizes, size, 0, 0, 0, meta, bodies
+        )
+
+    # ── lots ────────────────────────────────────────────────────────────────────────────────────
+
+    def _cut(self, lot: Lot, first: int, last: int) -> Lot:
+        """Those of a lot as a lot of their own."""
+        if first == lot.first and last == lot.last:
+            return lot
+        self.lots.remove(lot)
+        before, wanted, after = pieces(lot, first, last)
+        for piece in (before, wanted, after):
+            if piece is not None:
+                self.lots.add(piece)
+                self._timers.add(piece.due_ms, piece.first)
+        return wanted
+
+    def _apart(self, lot: Lot) -> list[Entry]:
+        """A lot's messages, each with an entry from now on, in the state they were in."""
+        self.lots.remove(lot)
+        queue = self._queues[lot.queue]
+        found = singles(lot)
+        for entry in found:
+            if lot.meta is None and (card := super().card(entry.dot)) is not None:
+                entry.enqueued_ms = card.enqueued_ms
+            self.entries[entry.dot] = self.delivered[entry.dot] = entry
+            self._timers.add(entry.due_ms, entry.dot)
+            if expires_ms := queue.expires_ms(entry):
+                self._timers.add(expires_ms, entry.dot)
+        queue.recalled.extend(found)
+        return found
 
     def _entry(self, name: str, priority: int, dot: int, parcel: Parcel | None) -> Entry:
         """A message comes into play, out of its parcel if it has one."""

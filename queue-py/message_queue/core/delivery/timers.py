@@ -28,10 +28,10 @@ class Timers:
             return heappop(self._heap)[1]
         return None
 
-    def trim(self, held: Container[int], count: int) -> None:
-        """Drop timers of messages that are gone, once 3/4 of all must be. Amortised O(1)."""
+    def trim(self, *held: Container[int], count: int) -> None:
+        """Drop timers of what is held nowhere, once 3/4 of all must be. Amortised O(1)."""
         if len(self._heap) > 4 * count + 1024:
-            kept = {item for item in self._heap if item[1] in held}
+            kept = {item for item in self._heap if any(item[1] in place for place in held)}
             self._heap = list(kept)
             heapify(self._heap)
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from message_queue.core.delivery.backlog import Shelf
+from message_queue.core.delivery.leases import Lease
 from message_queue.core.delivery.lifecycle import ALLOWED, State
-from message_queue.core.delivery.model import Ended, Ending, Entry, Grant
+from message_queue.core.delivery.lots import Grant, Lot, Taken
+from message_queue.core.delivery.model import (
+    MAX_LEASE_MS,
+    Ended,
+    Ending,
+    Entry,
+    Receipt,
+    Verdict,
+)
 from message_queue.core.delivery.queues import Queue, QueueView, Waiter
 from message_queue.core.delivery.stock import DRAWN_AT_LEAST, Stock
+
+CHUNK_BITS = 10
+"""No lot reaches across a multiple of 1,024."""
 
 
 class Turns(Stock):
@@ -17,8 +31,6 @@ class Turns(Stock):
         super().__init__(shelf)
         self.epoch = epoch
         self._waiting_in: dict[int, Queue] = {}
-        self.delivered: dict[int, Entry] = {}
-        """Messages that were delivered and are still held: what a successor should know."""
         self.deliveries_changed = 0
         """Counts changes of what a successor should know."""
         self.paused = False
@@ -82,6 +94,17 @@ class Turns(Stock):
         if queue.waiters:
             self._serve(queue, now_ms)
 
+    def _ready_all(self, queue: Queue, entries: list[Entry], now_ms: int) -> None:
+        """`_ready` for many at a time: who waits for several of them gets several."""
+        for entry in entries:
+            self._move(queue, entry, State.READY)
+            if queue.expired(entry, now_ms):
+                self._end(queue, entry, Ended.EXPIRED)
+            else:
+                queue.line.push(entry)
+        if queue.waiters:
+            self._serve(queue, now_ms)
+
     def _delay_until(self, queue: Queue, entry: Entry, due_ms: int) -> None:
         self._move(queue, entry, State.DELAYED)
         entry.due_ms = due_ms
@@ -92,17 +115,16 @@ class Turns(Stock):
         entry.due_ms = due_ms
         self._timers.add(due_ms, entry.dot)
 
-    def _take(self, queue: Queue, most: int, visibility_ms: int | None, now_ms: int) -> list[Entry]:
+    def _take(self, queue: Queue, most: int, visibility_ms: int | None, now_ms: int) -> list[Taken]:
         lease_ms = queue.settings.visibility_ms if visibility_ms is None else visibility_ms
-        taken: list[Entry] = []
-        while len(taken) < most:
-            if most - len(taken) >= DRAWN_AT_LEAST:
-                drawn = self._draw(queue, most - len(taken))
-                if drawn:
-                    self._lease_drawn(queue, drawn, now_ms, now_ms + lease_ms)
-                    taken += drawn
-                    continue
-            entry = self._next(queue, most - len(taken))
+        taken: list[Taken] = []
+        left = most
+        while left:
+            if left >= DRAWN_AT_LEAST and (drawn := self._draw(queue, left)):
+                left -= self._lease_drawn(queue, drawn, now_ms, now_ms + lease_ms)
+                taken += drawn
+                continue
+            entry = self._next(queue, left)
             if entry is None:
                 break
             if queue.expired(entry, now_ms):
@@ -113,21 +135,21 @@ class Turns(Stock):
             entry.leased_ms = now_ms
             self._lease_until(queue, entry, now_ms + lease_ms)
             taken.append(entry)
+            left -= 1
         return taken
 
-    def _lease_drawn(self, queue: Queue, drawn: list[Entry], now_ms: int, due_ms: int) -> None:
-        """Messages straight from the backlog are leased: READY and LEASED in the same moment."""
-        epoch, delivered, add_timer = self.epoch, self.delivered, self._timers.add
-        for entry in drawn:
-            entry.state = State.LEASED
-            entry.epoch = epoch
-            entry.attempt = 1
-            entry.leased_ms = now_ms
-            entry.due_ms = due_ms
-            delivered[entry.dot] = entry
-            add_timer(due_ms, entry.dot)
-        queue.counts[State.LEASED] += len(drawn)
-        self.deliveries_changed += len(drawn)
+    def _lease_drawn(self, queue: Queue, drawn: list[Lot], now_ms: int, due_ms: int) -> int:
+        """Messages straight from the backlog are leased: READY and LEASED in the same moment. How
+        many they are."""
+        messages = 0
+        for lot in drawn:
+            lot.epoch, lot.leased_ms, lot.due_ms = self.epoch, now_ms, due_ms
+            messages += lot.count
+            self.lots.add(lot)
+            self._timers.add(due_ms, lot.first)
+        queue.counts[State.LEASED] += messages
+        self.deliveries_changed += 1
+        return messages
 
     def _serve(self, queue: Queue, now_ms: int) -> None:
         """Hand ready messages to those who wait, first come, first served."""
@@ -145,6 +167,86 @@ class Turns(Stock):
         self._move(queue, entry, State.SETTLING)
         self._endings.append(Ending(entry, reason))
 
+    def _stale(self, receipt: Receipt | None, last: Receipt) -> bool:
+        """Whether a receipt is not that of the last delivery. (One of an earlier owner may be, if
+        this one has delivered nothing yet.)"""
+        if receipt is None:
+            return False
+        # What this owner gave it knows; a later number than that was never given.
+        return receipt < last or (receipt.epoch >= self.epoch and receipt != last)
+
+    # ── lots ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _settle_lot(self, lot: Lot, first: int, last: int, receipt: Receipt | None) -> Verdict:
+        if lot.settling:
+            return Verdict.SETTLING
+        if self._stale(receipt, Receipt(lot.epoch, 1)):
+            return Verdict.OVERTAKEN
+        part = self._cut(lot, first, last)
+        part.settling = True
+        counts = self._queues[lot.queue].counts
+        counts[State.LEASED] -= part.count
+        counts[State.SETTLING] += part.count
+        self.deliveries_changed += 1
+        return Verdict.DONE
+
+    def _lease_over(self, lot: Lot, now_ms: int) -> None:
+        """Nobody settled these in time."""
+        queue = self._queues[lot.queue]
+        back: list[Entry] = []
+        for entry in self._apart(lot):
+            if queue.exhausted(entry):
+                self._end(queue, entry, Ended.EXHAUSTED)
+            else:
+                back.append(entry)
+        self._ready_all(queue, back, now_ms)
+
+    def _gone_lots(
+        self, spans: Iterable[tuple[int, int]], touched: dict[str, Queue]
+    ) -> Iterator[int]:
+        """Forgets the lots of some spans; gives the dots that are in none."""
+        for dot, last in spans:
+            while dot <= last:
+                lot = self.lots.holding(dot)
+                if lot is None:
+                    yield dot
+                    dot += 1
+                    continue
+                lot = self._cut(lot, dot, min(last, lot.last))
+                self.lots.remove(lot)
+                queue = touched[lot.queue] = self._queues[lot.queue]
+                queue.counts[State.SETTLING if lot.settling else State.LEASED] -= lot.count
+                queue.bytes -= lot.body_bytes
+                self.deliveries_changed += 1
+                if lot.bodies is not None:
+                    self.resident_bytes -= lot.body_bytes
+                dot += lot.count
+
+    def _restore_lot(self, lease: Lease, now_ms: int) -> bool:
+        """Several that still wait together, and whose lease runs, are a lot here too."""
+        first, last = lease.dot, lease.dot + lease.count - 1
+        card = self.card(first)
+        queue = self._queues.get(card.queue) if card is not None else None
+        if (
+            card is None
+            or queue is None
+            or lease.attempt != 1
+            or lease.unseen
+            or lease.due_ms <= now_ms
+            or queue.settings.retention_ms is not None
+            or first >> CHUNK_BITS != last >> CHUNK_BITS
+            or not queue.backlog.take_span(card.priority, first, last)
+        ):
+            return False
+        leased_ms = min(lease.leased_ms, now_ms)
+        due_ms = min(lease.due_ms, leased_ms + MAX_LEASE_MS)
+        while first <= last:
+            lot = self._lot(queue, card.priority, first, last)
+            self._lease_drawn(queue, [lot], leased_ms, due_ms)
+            lot.epoch = lease.epoch
+            first += lot.count
+        return True
+
     # ── for invariants ──────────────────────────────────────────────────────────────────────────
 
     def timers(self) -> list[tuple[int, int]]:
@@ -159,6 +261,7 @@ class Turns(Stock):
                 counts=list(queue.counts),
                 bytes=queue.bytes,
                 members=[e for e in self.entries.values() if e.queue == queue.name],
+                lots=[lot for lot in self.lots if lot.queue == queue.name],
                 line_head=queue.line.peek(),
                 backlog=queue.backlog,
                 waiters=len(queue.waiters),
