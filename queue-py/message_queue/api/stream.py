@@ -43,12 +43,12 @@ from message_queue.api.frames import (
 from message_queue.api.keys import CONFIG, METRICS, SERVICE, Delivered, Service
 from message_queue.api.requests import new_messages
 from message_queue.api.schemas import check_name
+from message_queue.api.subscription import Subscription
 from message_queue.core.ids import MessageName, parse_id
 from message_queue.core.operations import (
     MAX_BATCH,
     MAX_WAIT_MS,
     Answer,
-    Consume,
     Direct,
     Extend,
     Nack,
@@ -74,6 +74,8 @@ FRAME_BYTES = 1 << 20
 HEARTBEAT_S = 15.0
 FLUSH_S = 0.3
 """How long a stopping node waits for answers under way."""
+PUT_OFF_S = 0.03
+"""Half a window is at the client: what credit came with an ack may wait so long for its answer."""
 _DRY_S = (0.05, 0.2)
 _TROUBLE_S = (0.1, 0.5)
 
@@ -139,7 +141,12 @@ class _Stream:
         self._room = asyncio.Event()
         self._room.set()
         self._under_way = 0
-        self._subscriptions: dict[Cid, _Subscription] = {}
+        self._subscriptions: dict[Cid, Subscription] = {}
+        self._acking = 0
+        """Acks under way."""
+        self._later: list[Subscription] = []
+        """Have credit, and wait for the answers to those; `PUT_OFF_S` at most."""
+        self._later_timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._stopping = False
         self._idle = asyncio.Event()
@@ -154,6 +161,8 @@ class _Stream:
         finally:
             self._closed = True
             self._ws.end()
+            if self._later_timer is not None:
+                self._later_timer.cancel()
             feeders = [subscription.task for subscription in self._subscriptions.values()]
             for task in feeders:
                 task.cancel()
@@ -164,7 +173,7 @@ class _Stream:
             self._unsent.clear()
         return self._ws.response
 
-    def ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         """A feeder ended by itself: without it the connection is of no use."""
         if task.cancelled() or self._closed:
             return
@@ -219,6 +228,7 @@ class _Stream:
             case AckItem():
                 acks.append(Acking(item))
                 self._under_way += 1
+                self._acking += 1
             case NackItem(message_id, receipt, delay_ms):
                 name = _known(message_id)
                 self._begin(item.cid, Nack(name.partition, name.dot, receipt, delay_ms))
@@ -234,7 +244,9 @@ class _Stream:
                 found = self._subscription(subscription)
                 found.add(credit)
                 self._answer(item.cid, Answer(200, b'{"status":"ok"}'))
-                if found.waits and found.credit:
+                if self._acking and found.has_plenty:
+                    self._put_off(found)
+                elif found.waits and found.credit:
                     self._feed_now(found)
             case UnsubscribeItem(subscription):
                 self._subscription(subscription).task.cancel()
@@ -298,7 +310,10 @@ class _Stream:
     def _acked(self, acking: Acking) -> None:
         if not acking.answered:
             acking.answered = True
+            self._acking -= 1
             self._done(acking.cid, acking.answer())
+            if self._later:
+                self._feed_later()
 
     # ── subscriptions ───────────────────────────────────────────────────────────────────────────
 
@@ -310,15 +325,15 @@ class _Stream:
         queue = check_name(item.queue, "queue")
         body = b'{"status":"subscribed"}'
         self._answer(item.cid, Answer(200, body))
-        self._subscriptions[item.cid] = _Subscription(self, item.cid, queue, item)
+        self._subscriptions[item.cid] = Subscription(item.cid, queue, item, self._feed, self._ended)
 
-    def _subscription(self, cid: Cid) -> _Subscription:
+    def _subscription(self, cid: Cid) -> Subscription:
         found = self._subscriptions.get(cid)
         if found is None:
             raise ApiError(404, "No such subscription", subscription=cid)
         return found
 
-    def _feed_now(self, subscription: _Subscription) -> None:
+    def _feed_now(self, subscription: Subscription) -> None:
         """Its feeder waits for credit, which has come: what is ready leaves in this very turn, and
         the feeder sleeps on unless there is still credit."""
         if self._room.is_set():
@@ -330,7 +345,26 @@ class _Stream:
         if subscription.credit:
             subscription.wake()
 
-    async def feed(self, subscription: _Subscription) -> None:
+    def _put_off(self, subscription: Subscription) -> None:
+        """What it has credit for leaves in one frame with the answers to the acks under way."""
+        if subscription not in self._later:
+            self._later.append(subscription)
+            if self._later_timer is None:
+                loop = asyncio.get_running_loop()
+                self._later_timer = loop.call_later(PUT_OFF_S, self._is_late)
+
+    def _is_late(self) -> None:
+        self._later_timer = None
+        self._feed_later()
+
+    def _feed_later(self) -> None:
+        later, self._later = self._later, []
+        for subscription in later:
+            current = self._subscriptions.get(subscription.cid) is subscription
+            if current and subscription.waits and subscription.credit and not self._closed:
+                self._feed_now(subscription)
+
+    async def _feed(self, subscription: Subscription) -> None:
         """Lease and send while there is credit. Owners come and go meanwhile: the service finds the
         present one. Cancelling leaves nothing leased."""
         loop = asyncio.get_running_loop()
@@ -416,43 +450,6 @@ class _Stream:
         if not self._room.is_set() and self._unsent_bytes <= UNSENT_BYTES // 2:
             self._room.set()
             self._ws.resume_reading()
-
-
-class _Subscription:
-    """A queue that a connection gets messages of."""
-
-    def __init__(self, stream: _Stream, cid: Cid, queue: str, item: SubscribeItem) -> None:
-        self.cid = cid
-        self.credit = item.credit
-        self.waits = False
-        """Its feeder sleeps until there is credit."""
-        self._queue = queue
-        self._visibility_ms = item.visibility_ms
-        self._more = asyncio.Event()
-        self.task = asyncio.create_task(stream.feed(self), name=f"feed of {queue}")
-        self.task.add_done_callback(stream.ended)
-
-    def add(self, credit: int) -> None:
-        """More may be delivered. Raises ApiError beyond what one may be owed."""
-        if self.credit + credit > frames.MAX_CREDIT:
-            raise ApiError(429, "Too much credit", limit=frames.MAX_CREDIT)
-        self.credit += credit
-
-    def wake(self) -> None:
-        """There is credit."""
-        self.waits = False
-        self._more.set()
-
-    async def has_credit(self) -> None:
-        """Wait until there is some."""
-        while not self.credit:
-            self.waits = True
-            self._more.clear()
-            await self._more.wait()
-
-    def next(self) -> Consume:
-        """What to ask the owner now."""
-        return Consume(self._queue, self.credit, True, MAX_WAIT_MS, self._visibility_ms)
 
 
 def _known(text: str) -> MessageName:

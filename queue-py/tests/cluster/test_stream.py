@@ -122,6 +122,36 @@ async def test_no_more_is_delivered_than_there_is_credit(cluster: Cluster) -> No
         assert (over["status"], over["body"]["error"]) == (429, "Too much credit")
 
 
+async def test_credit_beside_an_ack_is_used_at_once_only_by_who_needs_it(cluster: Cluster) -> None:
+    index = await owner_of(cluster, "paced")
+    async with StreamClient(cluster, index) as stream:
+        await stream.ask("produce", queue="paced", messages=[{"body": n} for n in range(20)])
+        await stream.send({"op": "subscribe", "cid": "s", "queue": "paced", "credit": 4})
+        held = await stream.messages(4)
+        await stream.answer("s")
+        more = {"op": "credit", "subscription": "s", "credit": 1}
+
+        def acked(message: dict[str, Any]) -> dict[str, Any]:
+            receipt = message["receipt"]
+            return {"op": "ack", "cid": "a", "message_id": message["id"], "receipt": receipt}
+
+        # Three are left at the client: the next comes in the frame that answers the ack.
+        await stream.send(acked(held.pop(0)), more)
+        assert (await stream.answer("a"))["status"] == 200
+        assert [message["body"] for message in stream.delivered] == [4]
+        held += await stream.messages(1)
+        # One is left, and the ack is not waited for: what there is credit for comes at once.
+        await stream.send(more, more, *(acked(held.pop(0)) for _ in range(3)), more)
+        held += await stream.messages(2)
+        # The rest comes as well, with no word from the client.
+        held += await stream.messages(1)
+        assert [message["body"] for message in held] == [4, 5, 6, 7]
+        # What no ack waits for is not put off.
+        await stream.answer("a")
+        await stream.send(more)
+        assert [message["body"] for message in await stream.messages(1)] == [8]
+
+
 async def test_what_was_not_sent_when_the_connection_closed_is_ready_again(
     cluster: Cluster,
 ) -> None:
