@@ -24,6 +24,7 @@ from message_queue.admission import Place
 from message_queue.api import app as application
 from message_queue.api import connection
 from message_queue.api.events import EventHub
+from message_queue.api.express import Express
 from message_queue.config import Address, Config, ConfigError
 from message_queue.metrics import Metrics
 from message_queue.node import AnyMessage, Node
@@ -103,11 +104,12 @@ async def serve(config: Config, place: Place, listening: socket.socket, data_dir
         app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
     )
     await runner.setup()
+    express = Express(node.router, metrics, config.max_body_bytes)
     ssl_context = tls.server_context(config.tls) if config.tls else None
     stop = asyncio.ensure_future(stop_requested().wait())
     try:
         listener = await asyncio.get_running_loop().create_server(
-            connection.factory(runner), sock=listening, ssl=ssl_context, backlog=1024
+            connection.factory(runner, express), sock=listening, ssl=ssl_context, backlog=1024
         )
         # What is there now stays: the collector need not look at it again, and a held message is
         # no garbage either. Cycles are rare here, so it may look less often.

@@ -24,14 +24,15 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _encode = msgspec.json.Encoder().encode
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+REQUEST_ID_PATTERN = r"[A-Za-z0-9._:-]{1,128}"
+_REQUEST_ID = re.compile(REQUEST_ID_PATTERN, re.ASCII)
 
 
 _LIFE = secrets.token_hex(4)
 _numbers = itertools.count(1)
 
 
-def _next_request_id() -> str:
+def new_request_id() -> str:
     """Unique over nodes and restarts; a random number a request would cost a system call."""
     return f"{_LIFE}-{next(_numbers):x}"
 
@@ -69,7 +70,7 @@ def middleware(check: Callable[[web.Request], None]) -> Middleware:
     @web.middleware
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
-        request_id = given if given and _REQUEST_ID.fullmatch(given) else _next_request_id()
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
         request[REQUEST_ID] = request_id
         metrics = request.app[METRICS]
         metrics.requests += 1

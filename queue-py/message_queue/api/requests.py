@@ -1,8 +1,12 @@
-"""Between HTTP and the operations: what a handler reads from a request, and how it answers."""
+"""Between HTTP and the operations: what a request asks for, and how it is answered.
+
+The handlers of `routes.py` and the short way (`express.py`) read their requests with the same few
+functions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,18 +17,34 @@ from message_queue.api.keys import SERVICE, WrongNode
 from message_queue.api.schemas import (
     AckBody,
     ConsumeQuery,
+    ExtendBody,
     MessageBody,
+    NackBody,
     NextBody,
     ProduceBody,
     RouteQuery,
     check_name,
+    decode_json,
     read_query,
 )
 from message_queue.core.ids import MessageName, parse_id
-from message_queue.core.operations import Answer, Consume, NewMessage, Operation, refusal
+from message_queue.core.operations import (
+    Answer,
+    Consume,
+    Extend,
+    Nack,
+    NewMessage,
+    Operation,
+    Produce,
+    refusal,
+)
 
 T = TypeVar("T")
 _json = msgspec.json.Encoder()
+_produce = msgspec.json.Decoder(ProduceBody)
+_ack = msgspec.json.Decoder(AckBody)
+_nack = msgspec.json.Decoder(NackBody)
+_extend = msgspec.json.Decoder(ExtendBody)
 
 SETTLED: Mapping[int, str] = {200: "acknowledged", 404: "not found", 409: "overtaken"}
 SINGLE_ACK: Mapping[int, Answer] = {
@@ -34,13 +54,18 @@ SINGLE_ACK: Mapping[int, Answer] = {
 }
 
 
+def error_of(answer: Answer) -> ApiError:
+    """The error that an answer of the owner (400 and above) means."""
+    details: dict[str, Any] = msgspec.json.decode(answer.body, type=dict[str, Any])
+    error = details.pop("error", "Internal error")
+    headers = {"Retry-After": str(answer.retry_after_s)} if answer.retry_after_s else None
+    return ApiError(answer.status, error, headers=headers, **details)
+
+
 def respond(answer: Answer) -> web.Response:
     """An answer of the owner as a response. Errors go through the middleware (problem+json)."""
     if answer.status >= 400:
-        details: dict[str, Any] = msgspec.json.decode(answer.body, type=dict[str, Any])
-        error = details.pop("error", "Internal error")
-        headers = {"Retry-After": str(answer.retry_after_s)} if answer.retry_after_s else None
-        raise ApiError(answer.status, error, headers=headers, **details)
+        raise error_of(answer)
     if answer.status == 204:
         return web.Response(status=204)
     return web.Response(body=answer.body, status=answer.status, content_type="application/json")
@@ -67,13 +92,7 @@ async def fetch(
     request: web.Request, query: ConsumeQuery | NextBody, forward: bool
 ) -> web.Response:
     """Lease and deliver. A client that went away meanwhile has leased nothing."""
-    operation = Consume(
-        check_name(query.queue, "queue"),
-        query.max or 1,
-        query.max is not None,
-        query.wait_ms,
-        query.visibility_ms,
-    )
+    operation = consume_of(query)
     delivered = await guarded(request.app[SERVICE].consume(operation, forward))
     transport = request.transport
     if transport is None or transport.is_closing():
@@ -94,6 +113,52 @@ def queue_name(request: web.Request) -> str:
     if len(name) > 256:
         raise ApiError(400, "Invalid field", field="queue", detail="Expected at most 256 bytes")
     return check_name(name, "queue")
+
+
+def produce_of(body: bytes) -> Produce:
+    """What the body of POST /produce asks for. Raises ApiError 400."""
+    asked = decode_json(body, _produce)
+    return Produce(check_name(asked.queue, "queue"), *new_messages(asked))
+
+
+def consume_of(query: ConsumeQuery | NextBody) -> Consume:
+    """What GET /consume, or the `next` of an ack, asks for. Raises ApiError 400."""
+    return Consume(
+        check_name(query.queue, "queue"),
+        query.max or 1,
+        query.max is not None,
+        query.wait_ms,
+        query.visibility_ms,
+    )
+
+
+def ack_of(body: bytes) -> tuple[AckBody, list[str]]:
+    """The body of POST /ack, and the ids in it. Raises ApiError 400."""
+    asked = decode_json(body, _ack)
+    return asked, ids_of(asked)
+
+
+def nack_of(body: bytes) -> Nack:
+    """What the body of POST /nack asks for. Raises ApiError 400 or 404."""
+    asked = decode_json(body, _nack)
+    return Nack(*known_id(asked.message_id), asked.receipt, asked.delay_ms)
+
+
+def extend_of(body: bytes) -> Extend:
+    """What the body of POST /extend asks for. Raises ApiError 400 or 404."""
+    asked = decode_json(body, _extend)
+    return Extend(*known_id(asked.message_id), asked.receipt, asked.visibility_ms)
+
+
+def acked(asked: AckBody, ids: Sequence[str], statuses: Sequence[int]) -> Answer:
+    """What became of an ack: a status for each of its ids."""
+    if asked.message_ids is None:
+        return SINGLE_ACK[statuses[0]]
+    results = [
+        {"message_id": name, "status": SETTLED[status]}
+        for name, status in zip(ids, statuses, strict=True)
+    ]
+    return Answer(200, _json.encode({"results": results}))
 
 
 def new_messages(body: ProduceBody) -> tuple[tuple[NewMessage, ...], bool]:

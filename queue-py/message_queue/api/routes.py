@@ -12,14 +12,14 @@ from message_queue.api.frames import STREAM_PROTOCOL
 from message_queue.api.keys import EVENTS, METRICS, REQUEST_ID, SERVICE
 from message_queue.api.openapi import Route, document
 from message_queue.api.requests import (
-    SETTLED,
-    SINGLE_ACK,
+    ack_of,
+    acked,
     ask,
+    extend_of,
     fetch,
     guarded,
-    ids_of,
-    known_id,
-    new_messages,
+    nack_of,
+    produce_of,
     queue_name,
     read_forward,
     respond,
@@ -44,12 +44,8 @@ from message_queue.api.schemas import (
 )
 from message_queue.api.stream import STREAMS
 from message_queue.config import Address, ConfigError
-from message_queue.core.operations import Answer, Extend, Nack, Peek, Produce, Purge
+from message_queue.core.operations import Answer, Peek, Purge
 
-_produce = msgspec.json.Decoder(ProduceBody)
-_ack = msgspec.json.Decoder(AckBody)
-_nack = msgspec.json.Decoder(NackBody)
-_extend = msgspec.json.Decoder(ExtendBody)
 _settings = msgspec.json.Decoder(SettingsBody)
 _redrive: msgspec.json.Decoder[RedriveBody | None] = msgspec.json.Decoder(RedriveBody | None)
 _ring = msgspec.json.Decoder(RingBody)
@@ -58,10 +54,8 @@ _PAGE = files("message_queue.dashboard").joinpath("index.html").read_bytes()
 
 
 async def produce(request: web.Request) -> web.Response:
-    body = await read_json(request, _produce)
-    forward = read_forward(request)
-    operation = Produce(check_name(body.queue, "queue"), *new_messages(body))
-    return respond(await ask(request, operation, forward))
+    operation = produce_of(await request.read())
+    return respond(await ask(request, operation, read_forward(request)))
 
 
 async def consume(request: web.Request) -> web.Response:
@@ -70,34 +64,24 @@ async def consume(request: web.Request) -> web.Response:
 
 
 async def ack(request: web.Request) -> web.Response:
-    body = await read_json(request, _ack)
+    body, ids = ack_of(await request.read())
     forward = read_forward(request)
-    ids = ids_of(body)
     found = await guarded(request.app[SERVICE].ack(ids, body.receipt, forward))
     if isinstance(found, Answer):
         return respond(found)
     if body.next is not None and all(status == 200 for status in found):
         return await fetch(request, body.next, forward)
-    if body.message_ids is not None:
-        return json_response({"results": [
-            {"message_id": name, "status": SETTLED[status]}
-            for name, status in zip(ids, found, strict=True)
-        ]})  # fmt: skip
-    return respond(SINGLE_ACK[found[0]])
+    return respond(acked(body, ids, found))
 
 
 async def nack(request: web.Request) -> web.Response:
-    body = await read_json(request, _nack)
-    forward = read_forward(request)
-    name = known_id(body.message_id)
-    return respond(await ask(request, Nack(*name, body.receipt, body.delay_ms), forward))
+    operation = nack_of(await request.read())
+    return respond(await ask(request, operation, read_forward(request)))
 
 
 async def extend(request: web.Request) -> web.Response:
-    body = await read_json(request, _extend)
-    forward = read_forward(request)
-    name = known_id(body.message_id)
-    return respond(await ask(request, Extend(*name, body.receipt, body.visibility_ms), forward))
+    operation = extend_of(await request.read())
+    return respond(await ask(request, operation, read_forward(request)))
 
 
 async def queues(request: web.Request) -> web.Response:
