@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -40,6 +41,8 @@ MessageId = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 Headers = dict[str, str | int | float | bool | None]
+Forms = Sequence[Mapping[str, object]]
+"""JSON schemas, exactly one of which a body has to fit."""
 
 
 class MessageBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +73,24 @@ class ProduceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ) = msgspec.UNSET
 
 
+ONE_OR_MANY: Forms = [
+    {"required": ["body"], "not": {"required": ["messages"]}},
+    {
+        "required": ["messages"],
+        "not": {"required": ["body"]},
+        "properties": {  # they belong into each message
+            "headers": {"enum": [None, {}]},
+            "delay_ms": {"const": 0},
+            "priority": {"const": 0},
+            "ttl_ms": {"type": "null"},
+            "dedupe_id": {"type": "null"},
+            "group_id": {"type": "null"},
+        },
+    },
+]
+"""Of ProduceBody, as a JSON schema says it."""
+
+
 class ConsumeQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """GET /consume."""
 
@@ -96,6 +117,23 @@ class AckBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     message_ids: Annotated[list[MessageId], Meta(min_length=1, max_length=MAX_BATCH)] | None = None
     receipt: Receipt | None = None
     next: NextBody | None = None
+
+
+ONE_ID_OR_MANY: Forms = [
+    {
+        "required": ["message_id"],
+        "properties": {"message_id": {"type": "string"}, "message_ids": {"type": "null"}},
+    },
+    {
+        "required": ["message_ids"],
+        "properties": {
+            "message_ids": {"type": "array"},
+            "message_id": {"type": "null"},
+            "receipt": {"type": "null"},
+        },
+    },
+]
+"""Of AckBody, as a JSON schema says it."""
 
 
 class NackBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
