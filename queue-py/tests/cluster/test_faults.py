@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from testkit.cluster.files import flip_bit
 from testkit.history import History
 
 from .nodes import Recorder, is_stored, leftovers, owner_of, queue_cluster, until
+from .pipelining import Pipeline, post_request
 
 pytestmark = pytest.mark.cluster
 
@@ -42,13 +45,32 @@ async def test_a_power_cut_of_all_nodes_loses_nothing_and_resurrects_nothing(
                     await recorder.ack("cut", message)
             recorder.close()
 
+        stored: list[str] = []
+
+        async def pipeliner(number: int) -> None:
+            """Writes twenty at once; notes those that were answered."""
+            client = await Pipeline.open(cluster, number)
+            with suppress(OSError, EOFError):
+                while not stop.is_set():
+                    bodies = [{"queue": f"lines-{number}", "body": n} for n in range(20)]
+                    client.write([post_request("/produce", body) for body in bodies])
+                    for _ in bodies:
+                        status, body = await client.read()
+                        if status == 201:
+                            stored.append(json.loads(body)["id"])
+            await client.close()
+
         work = [asyncio.create_task(producer(n)) for n in range(4)]
         work += [asyncio.create_task(consumer(n)) for n in range(2)]
+        work += [asyncio.create_task(pipeliner(n)) for n in range(2)]
         await until("a few hundred operations", lambda: at_least(history, 300))
         cluster.power_cut()
         stop.set()
         await asyncio.gather(*work)
         await cluster.start_all()
+        kept = set().union(*[await leftovers(cluster, f"lines-{n}") for n in range(2)])
+        assert stored
+        assert not set(stored) - kept
         await end_leases(cluster, history, "cut")
 
 

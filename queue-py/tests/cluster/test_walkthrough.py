@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,6 +13,7 @@ from testkit.cluster import Cluster, Reply
 
 from .http_calls import get, post, produce, put, somebody_waits
 from .nodes import owner_of, queue_cluster, until
+from .pipelining import Pipeline, get_request, post_request
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
@@ -157,6 +159,43 @@ async def test_a_consumer_that_hung_up_has_leased_nothing(cluster: Cluster) -> N
             assert got["id"] == name
             # Whatever the message did on its way, it was no attempt.
             assert got["attempt"] == 1
+            await post(client, "/ack", {"message_id": name})
+
+
+async def test_pipelined_requests_are_answered_in_their_order_by_any_node(
+    cluster: Cluster,
+) -> None:
+    for index in range(3):
+        queue = f"pipelined-{index}"
+        sent = [post_request("/produce", {"queue": queue, "body": n}) for n in range(12)]
+        fetch = get_request(f"/consume?queue={queue}&max=1000")
+        client = await Pipeline.open(cluster, index)
+        client.write([*sent, fetch, get_request("/status"), sent[0], fetch])
+        answers = [await client.read() for _ in range(16)]
+        assert [status for status, _ in answers] == [201] * 12 + [200, 200, 201, 200]
+        names = [json.loads(body)["id"] for _, body in answers[:12] + answers[14:15]]
+        # What was asked behind them sees all that is stored by then.
+        taken = [[m["id"] for m in json.loads(answers[n][1])["messages"]] for n in (12, 15)]
+        assert taken == [names[:12], names[12:]]
+        settle = {"message_ids": names, "next": {"queue": queue}}
+        client.write([post_request("/ack", settle), fetch])
+        assert [(await client.read())[0] for _ in range(2)] == [204, 204]
+        await client.close()
+
+
+async def test_who_hung_up_with_more_behind_a_poll_has_leased_nothing(cluster: Cluster) -> None:
+    owner = await owner_of(cluster, "hang-up-behind")
+    poll = "/consume?queue=hang-up-behind&wait_ms=15000"
+    async with cluster.client(owner) as client:
+        await put(client, "/queues/hang-up-behind", {"visibility_ms": 30_000})
+        for index in (owner, (owner + 1) % 3):
+            gone = await Pipeline.open(cluster, index)
+            gone.write([get_request(poll)] * 5)
+            await until("it waits", lambda: somebody_waits(client, "hang-up-behind"))
+            await gone.close()
+            name = await produce(client, "hang-up-behind", "x")
+            got = (await get(client, "/consume?queue=hang-up-behind&wait_ms=10000")).json
+            assert (got["id"], got["attempt"]) == (name, 1)
             await post(client, "/ack", {"message_id": name})
 
 
