@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lean_client import LeanClient
+from systems import compiled
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 BATCH = 100
@@ -46,7 +48,7 @@ class Nodes:
                 f"--peers={','.join(self.addresses)}", f"--dataDir={self.root / f'data{number}'}",
                 *self.flags,
             ],
-            stderr=log,
+            stderr=log, env={**os.environ, **compiled(self.root)},
         )  # fmt: skip
 
     def kill(self, number: int) -> None:

@@ -229,7 +229,7 @@ class Bench:
                 continue
             system.kill()
             began = time.perf_counter()
-            await system.start()
+            await system.restart()
             while True:
                 try:
                     session = await system.connect()

@@ -24,6 +24,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from message_queue import anteroom
 from message_queue.config import Config, ConfigError
 from message_queue.core.messages import Membership, Position
 from message_queue.core.operations import Answer
@@ -126,31 +127,16 @@ async def admitted(
 ) -> Place | None:  # fmt: skip
     """Ask members until one lets this node in. Meanwhile whoever asks is told so. None: `stop` was
     set first."""
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", _not_yet)
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
-    await runner.setup()
-    site = web.SockSite(runner, listening.dup(), ssl_context=server_ssl)
-    await site.start()
-    asking = asyncio.create_task(_ask(config, client_ssl))
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
-        return asking.result() if asking.done() else None
-    finally:
-        asking.cancel()
-        stopping.cancel()
-        await asyncio.gather(asking, stopping, return_exceptions=True)
-        await runner.cleanup()
-
-
-async def _not_yet(request: web.Request) -> web.Response:
-    if request.path == "/healthz":
-        return web.json_response({"status": "alive"})
-    reason = "waiting to be admitted to the ring"
-    return web.json_response(
-        {"error": "Not ready", "reason": reason}, status=503, headers={"Retry-After": "1"}
-    )
+    async with anteroom.answering(listening, server_ssl, "waiting to be admitted to the ring"):
+        asking = asyncio.create_task(_ask(config, client_ssl))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
+            return asking.result() if asking.done() else None
+        finally:
+            asking.cancel()
+            stopping.cancel()
+            await asyncio.gather(asking, stopping, return_exceptions=True)
 
 
 async def _ask(config: Config, client_ssl: ssl.SSLContext | None) -> Place:

@@ -18,7 +18,7 @@ from importlib import import_module
 
 from aiohttp import web
 
-from message_queue import admission, logs
+from message_queue import admission, anteroom, logs
 from message_queue import config as configuration
 from message_queue.admission import Place
 from message_queue.api import app as application
@@ -35,6 +35,8 @@ from message_queue.transport.links import LINK_PATH, Hello, Links
 log = logging.getLogger(__name__)
 
 STOP_WITHIN_S = 4.5
+LONG_START_S = 0.2
+"""After that a node that is still reading its log says so to whoever asks."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,8 +79,13 @@ async def admit(config: Config, listening: socket.socket) -> Place | None:
 
 async def serve(config: Config, place: Place, listening: socket.socket, data_dir: DataDir) -> int:
     metrics, events = Metrics(), EventHub()
+    server_ssl = tls.server_context(config.tls) if config.tls else None
     try:
-        node = await Node.open(config, place, metrics, events, data_dir)
+        opening = asyncio.ensure_future(Node.open(config, place, metrics, events, data_dir))
+        if not (await asyncio.wait({opening}, timeout=LONG_START_S))[0]:
+            async with anteroom.answering(listening, server_ssl, "reading its log"):
+                await asyncio.wait({opening})
+        node = await opening
     except OSError as e:
         raise ConfigError(f"{config.data_dir}: {e.strerror or e}") from e
     links: Links[AnyMessage] = Links(
@@ -105,11 +112,10 @@ async def serve(config: Config, place: Place, listening: socket.socket, data_dir
     )
     await runner.setup()
     express = Express(node.router, metrics, config.max_body_bytes)
-    ssl_context = tls.server_context(config.tls) if config.tls else None
     stop = asyncio.ensure_future(stop_requested().wait())
     try:
         listener = await asyncio.get_running_loop().create_server(
-            connection.factory(runner, express), sock=listening, ssl=ssl_context, backlog=1024
+            connection.factory(runner, express), sock=listening, ssl=server_ssl, backlog=1024
         )
         # What is there now stays: the collector need not look at it again, and a held message is
         # no garbage either. Cycles are rare here, so it may look less often.

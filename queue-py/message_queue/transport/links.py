@@ -123,6 +123,8 @@ class Links(Generic[M]):
         """Were told something one by one in this turn of the loop."""
         self._session: aiohttp.ClientSession | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._calls: dict[int, asyncio.Event] = {}
+        """A peer whose link to this node stands need not be waited for any longer."""
 
     # --- sending -------------------------------------------------------------------------------
 
@@ -202,6 +204,7 @@ class Links(Generic[M]):
         if task is not None:
             task.cancel()
         del self._outgoing[position]
+        self._calls.pop(position, None)
         incoming = self._incoming.get(position)
         if incoming is not None:
             # Not with HAS_LEFT_CODE: it may be this node that has left.
@@ -225,7 +228,9 @@ class Links(Generic[M]):
     async def _dial(self, position: int) -> None:
         refusal = ""
         backoff_s = RECONNECT_S[0]
+        called = self._calls[position] = asyncio.Event()
         while True:
+            called.clear()
             try:
                 await self._hold_link(position)
                 backoff_s = RECONNECT_S[0]
@@ -237,7 +242,9 @@ class Links(Generic[M]):
                     log.error("peer %s refused: %s", self._urls[position], e)
             except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError) as e:
                 log.debug("link to %s: %s", self._urls[position], e)
-            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            with suppress(TimeoutError):
+                async with asyncio.timeout(backoff_s * random.uniform(0.5, 1.0)):  # noqa: S311 - jitter
+                    await called.wait()
             backoff_s = min(backoff_s * 2, RECONNECT_S[1])
 
     async def _hold_link(self, position: int) -> None:
@@ -319,6 +326,8 @@ class Links(Generic[M]):
         ws.send(self._encoder.encode(self._me), BINARY)
         before = self._incoming.get(hello.position)
         self._incoming[hello.position] = ws
+        if (called := self._calls.get(hello.position)) is not None:
+            called.set()
         if before is not None:  # the peer dialled again: its older connection is dead or dying
             before.close(aiohttp.WSCloseCode.GOING_AWAY, "dialled again")
         return hello

@@ -23,8 +23,10 @@ CLOCK_SLACK_MS = 50
 """A lease is counted in cluster time, which may jump ahead by so much untold."""
 
 
-def queue_cluster(root: Path, *, proxied: bool = False, flags: tuple[str, ...] = ()) -> Cluster:
-    """Three nodes; `proxied`: with a breakable link per ordered pair."""
+def queue_cluster(
+    root: Path, *, size: int = 3, proxied: bool = False, flags: tuple[str, ...] = ()
+) -> Cluster:
+    """`proxied`: with a breakable link per ordered pair."""
 
     def argv(view: NodeView) -> list[str]:
         return [
@@ -38,7 +40,7 @@ def queue_cluster(root: Path, *, proxied: bool = False, flags: tuple[str, ...] =
         ]
 
     channels = ("http",) if proxied else ()
-    return Cluster(argv, 3, root=root, cwd=root, proxied=channels, env={"CLUSTER_SECRET": ""})
+    return Cluster(argv, size, root=root, cwd=root, proxied=channels, env={"CLUSTER_SECRET": ""})
 
 
 async def until(what: str, condition: Callable[[], Awaitable[bool]]) -> None:

@@ -228,6 +228,13 @@ class Cluster:
             clock_ms,
             self.now_ms,
         )
+        for j, other in enumerate(self.nodes):
+            if j != i and other.core is not None:  # the links between them
+                known = j in node.core.peers, i in other.core.peers
+                if known[1]:
+                    self.run(j, other.core.peer_connected(i, self.now_ms))
+                if known[0]:
+                    self.run(i, node.core.peer_connected(j, self.now_ms))
 
     def _founding(self) -> Membership:
         return founding(tuple(str(i) for i in range(self.founders)), 1, self.copies)

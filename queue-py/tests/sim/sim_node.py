@@ -62,6 +62,7 @@ class SimNode:
         self.syncing = False
         self.incarnation = 0
         self.fresh = False
+        self.lives: dict[int, int] = {}
         self.ready: dict[int, dict[tuple[int, int], float]] = {}
         self.waiting: dict[int, list[tuple[int, int, Any, Any]]] = {}
         self.marks: dict[tuple[int, int], int] = {}
@@ -108,6 +109,8 @@ class SimNode:
         }
         self.core = Replicator(harness.config(self), states, clock_ms, self.host.now_ms())
         self.host.set_timer("tick", TICK_MS)
+        for peer in list(self.core.peers):
+            self.run(self.core.peer_connected(peer, self.host.now_ms()))
 
     def withdraw(self, states: dict[int, PartitionState], damaged: int) -> None:
         """As storage does: what can't be read is no longer known, and whose it was is unknown."""
@@ -264,6 +267,10 @@ class SimNode:
     def on_message(self, source: str, frame: Frame) -> None:
         if self.core is not None:
             assert self.harness.name_of(frame.sender, gone=True) == source
+            if frame.incarnation > self.lives.get(frame.sender, 0):
+                # Its link is here, so it is up, and the one to it is dialled again.
+                self.lives[frame.sender] = frame.incarnation
+                self.run(self.core.peer_connected(frame.sender, self.host.now_ms()))
             self.run(
                 self.core.receive_all(
                     frame.sender, frame.incarnation, frame.messages, self.host.now_ms()

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 import msgspec
+import pytest
 from aiohttp import web
 
 from message_queue.core.messages import Canvass, PeerMessage, Soft
@@ -139,6 +140,28 @@ async def test_a_broken_link_is_told_and_mended() -> None:
         assert a.links.send(1, Canvass(0, 2))
         await until(b.received)
         assert b.received() == [Canvass(0, 2)]
+
+
+async def test_a_peer_that_dials_is_dialled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it was tried in vain before."""
+    monkeypatch.setattr(module, "RECONNECT_S", (60.0, 60.0))
+    ports = [free_port(), free_port()]
+    first, second = Side(0, ports), Side(1, ports)
+    dialled: list[bool] = []
+
+    def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        dialled.append(True)
+        writer.close()
+
+    try:
+        async with await asyncio.start_server(hang_up, "127.0.0.1", second.port):
+            await first.start()
+            await until(lambda: dialled)
+        await second.start()
+        await until(lambda: first.up)
+    finally:
+        await first.stop()
+        await second.stop()
 
 
 async def test_a_wrong_secret_is_refused() -> None:

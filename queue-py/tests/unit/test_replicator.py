@@ -177,6 +177,51 @@ def test_the_owner_itself_ends_that_lease_by_naming_nothing() -> None:
     assert records(bench.last) == ["PromiseRecord"]
 
 
+def test_a_peer_that_comes_is_greeted_at_once_by_the_name_of_its_life() -> None:
+    bench = Bench(member())
+    bench.did(bench.core.peer_connected(0, bench.now_ms))
+    assert [b.heard for b in bench.sent(Heartbeat, 0)] == [0], "nothing came from it yet"
+    assert not bench.sent(Heartbeat, 2)
+    bench.hear(0, Heartbeat(1, 9, 0, (), ()), incarnation=5)
+    assert [b.heard for b in bench.sent(Heartbeat, 0)] == [5], "it need not wait for a round"
+    bench.hear(0, Heartbeat(2, 10, 0, (), ()), incarnation=5)
+    assert not bench.sent(Heartbeat)
+
+
+def test_a_peer_whose_link_was_not_up_is_asked_again() -> None:
+    bench = Bench(member())
+    bench.stand()
+    bench.did(bench.core.peer_connected(0, bench.now_ms))
+    assert [type(m) for m in bench.sent(Canvass, 0)] == [Canvass]
+    assert not bench.sent(Canvass, 2)
+    for peer in (0, 2):
+        bench.hear(peer, CanvassAnswer(P, EPOCH_A, True, EPOCH_A, Standing.MEMBER))
+    bench.synced()
+    bench.did(bench.core.peer_connected(2, bench.now_ms))
+    (claim,) = bench.sent(Claim)
+    bench.hear(2, Promise(P, claim.epoch, Standing.MEMBER, view()))
+    bench.did(bench.core.peer_connected(2, bench.now_ms))
+    assert not bench.sent(Claim), "it has promised"
+
+
+def test_who_refuses_while_all_are_starting_is_asked_again_soon() -> None:
+    bench = Bench(member())
+    bench.stand()
+    for peer in (0, 2):
+        bench.hear(peer, CanvassAnswer(P, EPOCH_A, False, EPOCH_A, Standing.MEMBER))
+    assert {to for to, m in bench.later(50).send if isinstance(m, Canvass)} == {0, 2}
+    bench.later(3_000)
+    bench.stand()
+    assert not any(isinstance(m, Canvass) for _, m in bench.later(50).send)
+
+
+def test_what_was_gained_is_told_at_the_next_tick() -> None:
+    bench = Bench(member())
+    bench.elected()
+    told = [m.owned for _, m in bench.later(1).send if isinstance(m, Heartbeat)]
+    assert told == [((P, bench.epoch),)] * 2
+
+
 def test_a_lease_is_renewed_by_heartbeats_and_given_to_nobody_else() -> None:
     bench = Bench(member())
     for beat in range(1, 20):
@@ -458,3 +503,18 @@ def test_a_node_whose_clock_went_back_with_its_disk_is_told_so() -> None:
     fx = bench.hear(0, Heartbeat(1, 99, 0, (), ()))
     assert [note.name for note in fx.notes] == ["outlived"]
     assert not bench.hear(0, Heartbeat(2, 99, 0, (), ())).notes, "once"
+
+
+def test_a_ring_that_nobody_can_tell_any_more_stops_no_election() -> None:
+    """Who knew it asked for this promise, and lost its disk before it told what is in that ring."""
+    bench = Bench(member(PromiseRecord(P, EPOCH_C, 4)))
+    bench.later(600)
+    bench.stand()
+    bench.hear(0, CanvassAnswer(P, EPOCH_A, True, EPOCH_C, Standing.MEMBER))
+    assert {m.ring for m in bench.sent(Claim)} == {4}, "replicas accept none below their own"
+    (promise,) = bench.last.persist
+    assert isinstance(promise, PromiseRecord)
+    assert promise.ring == 4
+    bench.synced()
+    bench.hear(0, Promise(P, promise.epoch, Standing.MEMBER, view()))
+    assert {m.ring for m in bench.sent(Seal)} == {4}

@@ -106,6 +106,13 @@ class Desk:
             old = self.config.placed(before(ring))
             self.moved = frozenset(p for p, n in self.preference.items() if set(n) != set(old[p]))
 
+    def ring_of(self, state: PartitionState) -> int:
+        """The version under which this node claims and seals a partition: the latest that it knows,
+        or has promised under. Who told it of that one may have lost it with its disk before telling
+        anybody what is in it; only an owner of the ring's partition can find it again, and replicas
+        accept no version below their own."""
+        return max(self.ring.version, state.ring)
+
     def quorum(self, state: PartitionState) -> Quorum:
         """Who decides about a partition, as this node knows from its seal."""
         if state.replicas:

@@ -40,8 +40,22 @@ class Heartbeats:
             self._due_ms = now_ms + self._desk.config.heartbeat_ms
             self.send(now_ms)
 
+    def soon(self) -> None:
+        """There is news in the next round: it comes with the next tick."""
+        self._due_ms = 0
+
+    def greet(self, node: int, now_ms: int) -> None:
+        """A beat for a peer that has just come, out of turn: the leases that it gave to an earlier
+        life of this node end when it hears this one, which was up to two rounds later."""
+        if node in self._peers:
+            self._round((node,), now_ms)
+
     def send(self, now_ms: int) -> None:
-        """One round. Takeovers in progress are named as well: their leases run too."""
+        """One round."""
+        self._round(tuple(self._peers), now_ms)
+
+    def _round(self, nodes: tuple[int, ...], now_ms: int) -> None:
+        """Takeovers in progress are named as well: their leases run too."""
         owned: list[tuple[int, int]] = []
         claimed: list[tuple[int, int]] = []
         moving: list[int] = []
@@ -61,7 +75,8 @@ class Heartbeats:
         version = desk.ring.version
         self._placed(owns, away, version)
         desk.beat += 1
-        for node, peer in self._peers.items():
+        for node in nodes:
+            peer = self._peers[node]
             beat = Heartbeat(
                 desk.beat, peer.incarnation, self._clock.ms, owns, claims, version, away
             )

@@ -36,6 +36,9 @@ from message_queue.core.replication.tenure import Tenure
 
 YIELD_TIMEOUT_MS = 1_000
 YIELDS_AT_ONCE = 8
+STARTING_MS = 2_000
+"""After its start a node asks eagerly: the others may be starting as well (a power cut), and each
+gives its vote as soon as it has heard that the last owner owns nothing any more."""
 
 
 class Offices:
@@ -141,7 +144,8 @@ class Offices:
         if install is not None and self.is_up(owner_of(install.epoch), now_ms):
             return
         seat.install = None
-        seat.takeover = Takeover(self._desk, seat.state, seat.seen, now_ms, target, called=called)
+        eager = called or now_ms - self._born_ms < STARTING_MS
+        seat.takeover = Takeover(self._desk, seat.state, seat.seen, now_ms, target, eager=eager)
         seat.takeover.begin(now_ms, self._founding(now_ms))
         self._proceed(seat, now_ms)
 
@@ -166,7 +170,7 @@ class Offices:
         seat.install = None
         quorum = takeover.config
         view = takeover.records.view(epoch, takeover.origin, quorum.replicas, quorum.before)
-        desk.persist(SealRecord(state.partition, epoch, desk.ring.version, view), state)
+        desk.persist(SealRecord(state.partition, epoch, desk.ring_of(state), view), state)
         renewed = {peer: takeover.claimed_ms[peer] for peer in takeover.grantors}
         tenure = Tenure(desk, state, epoch, renewed, now_ms)
         tenure.soft = seat.soft

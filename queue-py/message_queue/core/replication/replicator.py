@@ -203,10 +203,13 @@ class Replicator(Replication):
 
     def peer_connected(self, peer: int, now_ms: int) -> Effects:
         fx = self._begin(now_ms)
+        self._heartbeats.greet(peer, now_ms)
         for seat in self.seats.values():
             tenure = seat.tenure
             if tenure is not None and peer in tenure.followers and not tenure.up_to_date(peer):
                 tenure.resend(peer, now_ms)
+            elif seat.takeover is not None:
+                seat.takeover.reached(peer)
         return self._end(fx, now_ms)
 
     def peer_disconnected(self, peer: int, now_ms: int) -> Effects:
@@ -306,6 +309,8 @@ class Replicator(Replication):
             self._release(0, now_ms)
         if fx.committed or fx.gained or fx.lost:
             self._governor.after(fx)
+        if fx.gained:
+            self._heartbeats.soon()  # others forward to the new owner
         fx.jumped_ms = self._clock.take_jump()
         return fx
 
@@ -388,6 +393,7 @@ class Replicator(Replication):
         """The peer restarted. What its earlier life owned is free."""
         first = peer.incarnation == 0
         peer.reborn(incarnation)
+        self._heartbeats.greet(sender, now_ms)
         if first:
             return
         for seat in self.seats.values():

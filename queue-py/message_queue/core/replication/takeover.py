@@ -43,6 +43,7 @@ from message_queue.core.replication.state import PartitionState
 CLAIM_TIMEOUTS = 3
 EAGER_MS = 30
 """A canvass that follows a hand-over is repeated: the word of it may come later than the canvass.
+So is one that follows a start.
 """
 FETCH_PATIENCE_MS = 5_000
 
@@ -71,8 +72,8 @@ class Takeover:
         "_asked",
         "_asked_ms",
         "_began_ms",
-        "_called",
         "_desk",
+        "_eager",
         "_fetch",
         "_genesis",
         "_latest",
@@ -100,10 +101,11 @@ class Takeover:
         now_ms: int,
         target: tuple[int, ...] = (),
         *,
-        called: bool = False,
+        eager: bool = False,
     ) -> None:
         """``seen``: the highest promise known of anybody. ``target``: the replicas to hand over
-        to; (): those that there are. ``called``: the last owner named this node."""
+        to; (): those that there are. ``eager``: who refuses may agree in a moment (the last owner
+        named this node, or all are just starting)."""
         self._desk = desk
         self._state = state
         self._partition = state.partition
@@ -115,7 +117,7 @@ class Takeover:
         self.origin = 0
         self.records = RecordSet()
         self._target = target
-        self._called = called
+        self._eager = eager
         self._latest = 0
         self.config = desk.quorum(state)
         """Whose promises are needed, and who replicates the partition from the seal on."""
@@ -143,6 +145,17 @@ class Takeover:
             if peer not in self._asked:
                 self._asked.add(peer)
                 self._desk.send(peer, Canvass(self._partition, self.seen))
+
+    def reached(self, peer: int) -> None:
+        """A connection to that peer stands (again): what it was asked before was lost with the last
+        one, or was never sent."""
+        if peer not in self.config.others(self._desk.me):
+            return
+        if self.phase is Phase.CANVASS:
+            self._asked.add(peer)
+            self._desk.send(peer, Canvass(self._partition, self.seen))
+        elif self.phase is Phase.CLAIM and peer not in self._promises:
+            self._send_claim(peer)
 
     def _learn(self, sealed: int, shown: Quorum) -> bool:
         """Somebody's seal: the latest one says who decides. True if that is news."""
@@ -208,7 +221,8 @@ class Takeover:
         self.epoch = (self.seen // MAX_NODES + 1) * MAX_NODES + desk.config.node
         self._began_ms = now_ms
         desk.note("takeover_started", self._partition, self.epoch)
-        desk.persist(PromiseRecord(self._partition, self.epoch, desk.ring.version), self._state)
+        promise = PromiseRecord(self._partition, self.epoch, desk.ring_of(self._state))
+        desk.persist(promise, self._state)
         desk.later(OwnPromise(self._partition, self.epoch))
         self._send_claims(now_ms)
 
@@ -219,10 +233,12 @@ class Takeover:
             if peer not in self._promises:
                 # The earliest claim: which of several was granted is not known.
                 self.claimed_ms.setdefault(peer, now_ms)
-                desk.send(
-                    peer,
-                    Claim(self._partition, self.epoch, desk.ring.version, self._total, desk.beat),
-                )
+                self._send_claim(peer)
+
+    def _send_claim(self, peer: int) -> None:
+        desk = self._desk
+        ring = desk.ring_of(self._state)
+        desk.send(peer, Claim(self._partition, self.epoch, ring, self._total, desk.beat))
 
     def own_promise(self, epoch: int, now_ms: int) -> None:
         if epoch == self.epoch and self.phase is Phase.CLAIM:
@@ -351,7 +367,7 @@ class Takeover:
         if self.phase is Phase.CANVASS:
             if now_ms - self._began_ms >= timeout_ms:
                 self.phase = Phase.FAILED
-            elif self._called and now_ms - self._asked_ms >= EAGER_MS:
+            elif self._eager and now_ms - self._asked_ms >= EAGER_MS:
                 self._asked_ms = now_ms
                 self._asked = {node for node, a in self._answers.items() if a.granted}
                 self._canvass()

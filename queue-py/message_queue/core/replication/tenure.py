@@ -267,7 +267,8 @@ class Tenure:
         follower.asked_ms = now_ms
         follower.sent = self.last
         self._desk.send(
-            peer, Seal(self.partition, self.epoch, self._desk.ring.version, self._state.view())
+            peer,
+            Seal(self.partition, self.epoch, self._desk.ring_of(self._state), self._state.view()),
         )
 
     def tick(self, alive: frozenset[int], now_ms: int) -> None:
