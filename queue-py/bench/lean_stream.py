@@ -21,6 +21,7 @@ class Item(msgspec.Struct, frozen=True):
     cid: int | None = None
     status: int = 0
     subscription: int | None = None
+    receipt: str | None = None
     messages: list[Delivery] | None = None
 
 
@@ -36,8 +37,8 @@ _items = msgspec.json.Decoder(list[Item])
 
 
 class LeanStream(asyncio.Protocol):
-    """`ask` for an answer, `say` for none; deliveries gather in `delivered`, and `arrived` (a
-    future, when somebody waits) is done when some come."""
+    """`ask` for an answer, `say` for none; deliveries gather in `deliveries`, with the receipt for
+    all of one if it has any, and `arrived` (a future, when somebody waits) is done when some come."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -47,7 +48,7 @@ class LeanStream(asyncio.Protocol):
         self._asked: dict[int, asyncio.Future[int]] = {}
         self.asked = 0
         """The number (`cid`) of the last question."""
-        self.delivered: deque[Delivery] = deque()
+        self.deliveries: deque[tuple[str | None, list[Delivery]]] = deque()
         self.arrived: asyncio.Future[None] | None = None
         self.refused = 0
 
@@ -120,7 +121,7 @@ class LeanStream(asyncio.Protocol):
     def _take(self, items: list[Item]) -> None:
         for item in items:
             if item.messages is not None:
-                self.delivered.extend(item.messages)
+                self.deliveries.append((item.receipt, item.messages))
                 if self.arrived is not None and not self.arrived.done():
                     self.arrived.set_result(None)
             elif item.cid is not None:
@@ -132,7 +133,7 @@ class LeanStream(asyncio.Protocol):
 
     async def some(self, within_s: float) -> bool:
         """Wait for deliveries; False: none came in time."""
-        if self.delivered:
+        if self.deliveries:
             return True
         self.arrived = asyncio.get_running_loop().create_future()
         waiting: asyncio.Future[Any] = self.arrived

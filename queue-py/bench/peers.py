@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from systems import QUEUE, Session, System, listening
+from systems import QUEUE, Acks, Session, System, listening
 from wires import Amqp, Beanstalk, Nats, Resp
 
 RABBIT = "/usr/lib/rabbitmq/bin"
@@ -128,7 +128,7 @@ class _AmqpSession(Session):
     async def produce_many(self, bodies: list[bytes]) -> None:
         await asyncio.gather(*self.wire.publish(QUEUE, bodies))
 
-    async def subscribe(self, prefetch: int) -> None:
+    async def subscribe(self, prefetch: int, batch: int = 1) -> None:
         await self.wire.subscribe(QUEUE, prefetch)
 
     async def take(self, most: int, wait_s: float) -> list[bytes]:
@@ -236,6 +236,7 @@ class _NatsSession(Session):
         self.wire = wire
         self._got: list[tuple[bytes, bytes]] = []
         wire.on_message = self._on_message
+        self._acks = Acks()
         self._wanted = 0
         self._full: asyncio.Future[None] | None = None
 
@@ -262,12 +263,12 @@ class _NatsSession(Session):
         got = self._got
         if not got:
             await asyncio.sleep(0.002)
-            return []
+            return await self._acks.oldest()
         self.arrived_s = time.perf_counter()
         for reply_to, _ in got[:-1]:
             self.wire.transport.write(b"PUB %b 4\r\n+ACK\r\n" % reply_to)
-        await self.wire.request(got[-1][0], b"+ACK")
-        return [body for _, body in got]
+        acked = self.wire.request(got[-1][0], b"+ACK")
+        return await self._acks.add(acked, [body for _, body in got])
 
     def close(self) -> None:
         self.wire.close()
@@ -312,6 +313,7 @@ class _RedisSession(Session):
     def __init__(self, wire: Resp) -> None:
         self.wire = wire
         self.name = b"c%d" % id(self)
+        self._acks = Acks()
 
     async def produce(self, body: bytes) -> None:
         await self.wire.command(b"XADD", b"q", b"*", b"b", body)
@@ -324,14 +326,14 @@ class _RedisSession(Session):
     async def take(self, most: int, wait_s: float) -> list[bytes]:
         found = await self.wire.command(
             b"XREADGROUP", b"GROUP", b"g", self.name, b"COUNT", b"%d" % most,
-            b"BLOCK", b"%d" % int(wait_s * 1000), b"STREAMS", b"q", b">",
+            b"BLOCK", b"%d" % (1 if self._acks else int(wait_s * 1000)), b"STREAMS", b"q", b">",
         )  # fmt: skip
         if not found:
-            return []
+            return await self._acks.oldest()
         self.arrived_s = time.perf_counter()
         entries = found[0][1]
-        await self.wire.command(b"XACK", b"q", b"g", *[entry[0] for entry in entries])
-        return [entry[1][1] for entry in entries]
+        acked = self.wire.command(b"XACK", b"q", b"g", *[entry[0] for entry in entries])
+        return await self._acks.add(acked, [entry[1][1] for entry in entries])
 
     def close(self) -> None:
         self.wire.close()

@@ -166,7 +166,7 @@ class Bench:
         await fill(system, depth)
         sessions = await self.sessions(system, clients)
         for session in sessions:
-            await session.subscribe(PREFETCH if batch == 1 else 3 * BATCH)
+            await session.subscribe(PREFETCH if batch == 1 else 3 * BATCH, batch)
 
         async def work(session: Session) -> int:
             return len(await session.take(batch, 0.3))
@@ -211,7 +211,7 @@ class Bench:
                 if await fill(system, depth) < depth:
                     continue
                 sessions = await self.sessions(system, 1)
-                await sessions[0].subscribe(3 * BATCH)
+                await sessions[0].subscribe(3 * BATCH, BATCH)
 
                 async def work(session: Session) -> int:
                     return len(await session.take(BATCH, 1.0))

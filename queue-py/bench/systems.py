@@ -13,6 +13,8 @@ import sys
 import time
 import urllib.request
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from lean_stream import LeanStream
 MAIN = Path(os.environ.get("QUEUE_MAIN", Path(__file__).resolve().parents[1] / "main.py"))
 QUEUE = b"bench"
 START_WITHIN_S = 90.0
+ON_THEIR_WAY = 8
+"""Acks of batches that a consumer does not wait for."""
 
 
 class Session(ABC):
@@ -38,16 +42,45 @@ class Session(ABC):
     async def produce_many(self, bodies: list[bytes]) -> None:
         """Store several, and wait for all confirmations."""
 
-    async def subscribe(self, prefetch: int) -> None:  # noqa: B027 - a system may have no use for it
-        """Before `take`."""
+    async def subscribe(self, prefetch: int, batch: int = 1) -> None:  # noqa: B027 - a system may have no use for it
+        """Before `take`: hold up to `prefetch` messages, which come `batch` at a time."""
 
     @abstractmethod
     async def take(self, most: int, wait_s: float) -> list[bytes]:
-        """Fetch up to `most` messages and ack them; as soon as there is one. [] after the wait."""
+        """Fetch up to `most` messages and ack them; as soon as there is one. What is returned is
+        acked, and its ack confirmed where the system confirms acks at all: see `Acks`. [] after
+        the wait, or while only acks that are on their way keep this from returning any."""
 
     @abstractmethod
     def close(self) -> None:
         """Hang up."""
+
+
+class Acks:
+    """Acks of batches on their way. A consumer of batches need not stand still for the confirmation
+    of one while it has the next: it goes on as long as no more than `ON_THEIR_WAY` are. (One of
+    single messages waits for each.) The same for every system that confirms acks."""
+
+    def __init__(self) -> None:
+        self._under_way: deque[tuple[Awaitable[object], list[bytes]]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._under_way)
+
+    async def add(self, confirmed: Awaitable[object], messages: list[bytes]) -> list[bytes]:
+        """One more; the messages of the oldest, confirmed, if it had to be waited for."""
+        self._under_way.append((confirmed, messages))
+        if len(messages) == 1 or len(self._under_way) > ON_THEIR_WAY:
+            return await self.oldest()
+        return []
+
+    async def oldest(self) -> list[bytes]:
+        """Wait for the oldest: its messages. [] if there is none."""
+        if not self._under_way:
+            return []
+        confirmed, messages = self._under_way.popleft()
+        await confirmed
+        return messages
 
 
 class System(ABC):
@@ -211,7 +244,7 @@ class _StreamSession(Session):
     def __init__(self, stream: LeanStream, queue: bytes) -> None:
         self.stream = stream
         self.queue = queue
-        self._owed = 0
+        self._acks = Acks()
 
     async def produce(self, body: bytes) -> None:
         status = await self.stream.ask(
@@ -226,34 +259,50 @@ class _StreamSession(Session):
         )
         assert status == 201, status
 
-    async def subscribe(self, prefetch: int) -> None:
+    async def subscribe(self, prefetch: int, batch: int = 1) -> None:
         status = await self.stream.ask(
-            b'{"op":"subscribe","queue":"%b","credit":%d' % (self.queue, prefetch)
+            b'{"op":"subscribe","queue":"%b","credit":%d'
+            % (self.queue, max(batch, prefetch % batch))
         )
         assert status == 200, status
         self._subscription = self.stream.asked
+        for _ in range(prefetch // batch - 1):
+            self.stream.say(self._credit(batch))
+
+    def _credit(self, count: int) -> bytes:
+        return b'{"op":"credit","subscription":%d,"credit":%d}' % (self._subscription, count)
 
     async def take(self, most: int, wait_s: float) -> list[bytes]:
         stream = self.stream
+        if self._acks and not stream.deliveries:
+            return await self._acks.oldest()
         if not await stream.some(wait_s):
             return []
         self.arrived_s = time.perf_counter()
-        taken = [stream.delivered.popleft() for _ in range(min(most, len(stream.delivered)))]
-        credit = b'{"op":"credit","subscription":%d,"credit":%d}' % (
-            self._subscription, len(taken))  # fmt: skip
-        if len(taken) == 1:
-            one = taken[0]
-            status = await stream.ask(b'{"op":"ack","message_id":"%b","receipt":"%b"' % (
-                one.id.encode(), one.receipt.encode()), credit)  # fmt: skip
+        receipt, messages = stream.deliveries.popleft()
+        if len(messages) > most:
+            stream.deliveries.appendleft((None, messages[most:]))
+            receipt, messages = None, messages[:most]
+        if len(messages) == 1:
+            one = messages[0]
+            item = b'{"op":"ack","message_id":"%b","receipt":"%b"' % (
+                one.id.encode(), one.receipt.encode())  # fmt: skip
+        elif receipt is not None:
+            item = b'{"op":"ack","delivery":"%b"' % receipt.encode()
         else:
-            ids, receipts = [m.id for m in taken], [m.receipt for m in taken]
+            ids, receipts = [m.id for m in messages], [m.receipt for m in messages]
             fields = json.dumps({"op": "ack", "message_ids": ids, "receipts": receipts})
-            status = await stream.ask(fields[:-1].encode(), credit)
-        assert status == 200, status
-        return [message.body.encode() for message in taken]
+            item = fields[:-1].encode()
+        acked = stream.ask(item, self._credit(len(messages)))
+        return await self._acks.add(_done(acked), [m.body.encode() for m in messages])
 
     def close(self) -> None:
         self.stream.close()
+
+
+async def _done(answered: asyncio.Future[int]) -> None:
+    status = await answered
+    assert status == 200, status
 
 
 class _HttpSession(Session):

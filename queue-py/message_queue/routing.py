@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from message_queue.api.keys import WrongNode
-from message_queue.core.ids import parse_id
+from message_queue.core.ids import parse_ids
 from message_queue.core.messages import RING_PARTITION
 from message_queue.core.operations import (
     ANEW,
@@ -260,8 +260,7 @@ class Router:
         """See `api.keys.Service`."""
         statuses = [404] * len(ids)
         by_partition: dict[int, list[tuple[int, int]]] = {}
-        for index, text in enumerate(ids):
-            name = parse_id(text)
+        for index, name in enumerate(parse_ids(ids)):
             if name is not None and name.partition < PARTITIONS:
                 by_partition.setdefault(name.partition, []).append((index, name.dot))
         asked = [

@@ -6,7 +6,52 @@ from message_queue.api import frames
 from message_queue.api.errors import ApiError
 from message_queue.api.frames import AckItem
 from message_queue.api.requests import SETTLED, SINGLE_ACK
-from message_queue.core.operations import Answer
+from message_queue.core.ids import message_id, parse_delivery
+from message_queue.core.operations import (
+    MAX_BATCH,
+    MAX_RUNS,
+    Answer,
+    Run,
+    SettleRuns,
+    settled_runs_decoder,
+)
+from message_queue.core.placement.ring import PARTITIONS
+
+
+def whole(item: AckItem) -> SettleRuns:
+    """What an ack of a whole delivery asks for. Raises ApiError 400, or 404: there was no such
+    delivery."""
+    for field in ("message_id", "message_ids", "receipt", "receipts"):
+        if getattr(item, field) is not None:
+            detail = "Not together with delivery"
+            raise ApiError(400, "Invalid field", field=field, detail=detail)
+    named = parse_delivery(item.delivery or "")
+    if named is None:
+        raise ApiError(404, "Delivery not found")
+    partition, runs = named
+    if partition >= PARTITIONS or len(runs) > MAX_RUNS or sum(run[1] for run in runs) > MAX_BATCH:
+        raise ApiError(404, "Delivery not found")
+    return SettleRuns(
+        partition,
+        tuple([Run(first, count, f"{epoch}.{attempt}") for first, count, epoch, attempt in runs]),
+    )
+
+
+def whole_answer(partition: int, reply: Answer) -> tuple[int, Answer]:
+    """How many messages of a delivery were acked, and what its client is told."""
+    if reply.status != 200:
+        return 0, reply
+    settled = settled_runs_decoder.decode(reply.body)
+    if not (settled.overtaken or settled.unknown):
+        return settled.acknowledged, SINGLE_ACK[200]
+    if settled.unknown:
+        lost, error, field = settled.unknown, ApiError(404, "Message not found"), "unknown"
+    else:
+        lost, field = settled.overtaken, "overtaken"
+        error = ApiError(409, "Receipt overtaken by another delivery")
+    error.details[field] = [message_id(partition, dot) for dot in lost]
+    error.details["acknowledged"] = settled.acknowledged
+    return settled.acknowledged, frames.failure(error)
 
 
 class Acking:

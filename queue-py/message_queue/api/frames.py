@@ -34,6 +34,7 @@ MAX_CREDIT: Final = MAX_BATCH
 
 Cid = Annotated[str, Meta(max_length=64)] | Annotated[int, Meta(ge=0, le=2**53)]
 Credit = Annotated[int, Meta(ge=0, le=MAX_CREDIT)]
+DeliveryReceipt = Annotated[str, Meta(max_length=6400)]
 
 
 STREAM_PROTOCOL: Final = """\
@@ -46,7 +47,10 @@ without `cid` is answered only if it fails, with `"cid":null`.
 * `ack`: as POST /ack (`receipts` may stand beside `message_ids`, one for each); `nack`, `extend`
   likewise. `release` (`message_id`, `receipt`): fetched ahead and not used, counts as no attempt.
 * `subscribe` (`cid`, `queue`, `credit`, `visibility_ms?`): deliveries come as `{"subscription":
-  cid, "messages": […]}`, each message as in GET /consume, no more than there is credit. `credit`
+  cid, "messages": […]}`, each message as in GET /consume, no more than there is credit. One of
+  several messages mostly has a `receipt` beside `messages`, too: `{"op":"ack", "delivery":
+  receipt}` acks them all in a word, on any connection. It is answered as an ack of one; what was
+  overtaken meanwhile is named (409, `overtaken`: ids), all others are acked. `credit`
   (`subscription`, `credit`) adds some, `unsubscribe` (`subscription`) ends it. While the queue has
   no owner, `{"subscription", "status", "body"}` says so; deliveries go on by themselves.
 
@@ -71,6 +75,8 @@ class AckItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     message_ids: Annotated[list[MessageId], Meta(min_length=1, max_length=MAX_BATCH)] | None = None
     receipt: Receipt | None = None
     receipts: Annotated[list[Receipt | None], Meta(max_length=MAX_BATCH)] | None = None
+    delivery: DeliveryReceipt | None = None
+    """Instead of all that: the `receipt` of a whole delivery."""
     cid: Cid | None = None
 
 
@@ -234,9 +240,12 @@ def done(body: object) -> Answer:
     return Answer(200, _json.encode(body))
 
 
-def delivery(subscription: Cid, body: bytes) -> bytes:
+def delivery(subscription: Cid, reply: Answer) -> bytes:
     """Messages, as /consume renders them (`{"messages":[…]}`), for a subscription."""
-    return b'{"subscription":%b,%b' % (_json.encode(subscription), body[1:])
+    name = b"%d" % subscription if isinstance(subscription, int) else _json.encode(subscription)
+    if reply.receipt:
+        name += b',"receipt":"%b"' % reply.receipt.encode()
+    return b'{"subscription":%b,%b' % (name, reply.body[1:])
 
 
 def trouble(subscription: Cid, reply: Answer) -> bytes:

@@ -25,7 +25,7 @@ from typing import assert_never
 from aiohttp import WSCloseCode, web
 
 from message_queue.api import frames
-from message_queue.api.acking import Acking
+from message_queue.api.acking import Acking, whole, whole_answer
 from message_queue.api.errors import ApiError
 from message_queue.api.frames import (
     AckItem,
@@ -44,7 +44,7 @@ from message_queue.api.keys import CONFIG, METRICS, SERVICE, Delivered, Service
 from message_queue.api.requests import new_messages
 from message_queue.api.schemas import check_name
 from message_queue.api.subscription import Subscription
-from message_queue.core.ids import MessageName, parse_id
+from message_queue.core.ids import MessageName, parse_id, parse_ids
 from message_queue.core.operations import (
     MAX_BATCH,
     MAX_WAIT_MS,
@@ -225,6 +225,11 @@ class _Stream:
             case ProduceItem(queue=queue):
                 messages, batch = new_messages(item)
                 self._begin(item.cid, Produce(check_name(queue, "queue"), messages, batch))
+            case AckItem(delivery=str()):
+                operation = whole(item)
+                self._under_way += 1
+                done = partial(self._acked_whole, item.cid, operation.partition)
+                self._service.begin(operation, done)
             case AckItem():
                 acks.append(Acking(item))
                 self._under_way += 1
@@ -277,8 +282,8 @@ class _Stream:
     def _settle(self, acks: list[Acking]) -> None:
         by_partition: dict[int, list[tuple[Acking, int, int, str | None]]] = {}
         for acking in acks:
-            for index, (text, receipt) in enumerate(acking.named):
-                name = parse_id(text)
+            names = parse_ids([text for text, _ in acking.named])
+            for index, (name, (_, receipt)) in enumerate(zip(names, acking.named, strict=True)):
                 if name is None or name.partition >= PARTITIONS:
                     acking.settled(index, 404)
                 else:
@@ -306,6 +311,11 @@ class _Stream:
         for acking, _, _, _ in part:
             if not acking.open:
                 self._acked(acking)
+
+    def _acked_whole(self, cid: Cid | None, partition: int, reply: Answer) -> None:
+        acknowledged, answer = whole_answer(partition, reply)
+        self._metrics.acked += acknowledged
+        self._done(cid, answer)
 
     def _acked(self, acking: Acking) -> None:
         if not acking.answered:
@@ -341,7 +351,7 @@ class _Stream:
             if delivered is not None:
                 reply = delivered.answer
                 subscription.credit -= reply.messages
-                self._put(frames.delivery(subscription.cid, reply.body), delivered)
+                self._put(frames.delivery(subscription.cid, reply), delivered)
         if subscription.credit:
             subscription.wake()
 
@@ -375,7 +385,7 @@ class _Stream:
             reply = delivered.answer
             if reply.status == 200:
                 subscription.credit -= reply.messages
-                self._put(frames.delivery(subscription.cid, reply.body), delivered)
+                self._put(frames.delivery(subscription.cid, reply), delivered)
                 if not self._room.is_set():
                     await self._room.wait()
             elif reply.status != 204:

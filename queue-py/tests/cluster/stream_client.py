@@ -27,6 +27,8 @@ class StreamClient:
         self.uncalled: list[dict[str, Any]] = []
         """Answers with no cid."""
         self.delivered: list[dict[str, Any]] = []
+        self.receipts: list[tuple[str | None, int]] = []
+        """Of each delivery: its receipt, and how many messages it has."""
         self.troubles: list[dict[str, Any]] = []
         self._cid = 0
 
@@ -58,6 +60,7 @@ class StreamClient:
         for item in msgspec.json.decode(frame.data, type=list[dict[str, Any]]):
             if "messages" in item:
                 self.delivered += item["messages"]
+                self.receipts.append((item.get("receipt"), len(item["messages"])))
             elif "subscription" in item:
                 self.troubles.append(item)
             elif item["cid"] is None:

@@ -103,6 +103,45 @@ async def test_many_items_are_under_way_at_once_and_keep_their_order(cluster: Cl
         assert {(await stream.answer(f"a{n}"))["status"] for n in range(600)} == {200}
 
 
+async def test_a_whole_delivery_is_acked_in_a_word_on_any_connection(cluster: Cluster) -> None:
+    index = await owner_of(cluster, "whole")
+    async with StreamClient(cluster, index) as stream, StreamClient(cluster, index - 1) as other:
+        for start in (0, 30):
+            bodies = [{"body": n} for n in range(start, start + 30)]
+            made = await stream.ask("produce", queue="whole", messages=bodies)
+            assert made["status"] == 201
+        await stream.send({"op": "subscribe", "cid": "s", "queue": "whole", "credit": 40})
+        held = await stream.messages(40)
+        (receipt, count), *more = stream.receipts
+        assert (receipt is not None, count, more) == (True, 40, [])
+        # One of them is somebody else's by now, one was acked by itself.
+        await stream.ask("nack", message_id=held[7]["id"], receipt=held[7]["receipt"])
+        await stream.ask("ack", message_id=held[9]["id"], receipt=held[9]["receipt"])
+        await other.send({"op": "subscribe", "cid": "s", "queue": "whole", "credit": 1})
+        (again,) = await other.messages(1)
+        assert (again["id"], again["attempt"]) == (held[7]["id"], 2)
+        assert other.receipts == [(None, 1)], "one message needs no other receipt than its own"
+        acked = await other.ask("ack", delivery=receipt)
+        assert acked["status"] == 409
+        assert acked["body"] == {
+            "error": "Receipt overtaken by another delivery",
+            "overtaken": [again["id"]],
+            "acknowledged": 39,
+        }
+        late = await other.ask("ack", message_id=again["id"], receipt=again["receipt"])
+        assert late["status"] == 200
+        counts = await figures(cluster, "whole")
+        assert (counts["ready"], counts["in_flight"]) == (20, 0)
+        repeated = await stream.ask("ack", delivery=receipt)
+        assert (repeated["status"], repeated["body"]) == (200, {"status": "acknowledged"})
+        assert receipt is not None
+        for wrong in ("", "x", receipt + "0", receipt.replace("-", "-0", 1), receipt[::-1]):
+            refused = await stream.ask("ack", delivery=wrong)
+            assert (refused["status"], refused["body"]["error"]) == (404, "Delivery not found")
+        both = await stream.ask("ack", delivery=receipt, message_id=again["id"])
+        assert both["status"] == 400
+
+
 async def test_no_more_is_delivered_than_there_is_credit(cluster: Cluster) -> None:
     async with StreamClient(cluster, 1) as stream:
         await stream.ask("produce", queue="credit", messages=[{"body": n} for n in range(20)])
