@@ -24,14 +24,19 @@ CLOCK_SLACK_MS = 50
 
 
 def queue_cluster(
-    root: Path, *, size: int = 3, proxied: bool = False, flags: tuple[str, ...] = ()
+    root: Path,
+    *,
+    size: int = 3,
+    proxied: bool = False,
+    flags: tuple[str, ...] = (),
+    main: tuple[str, ...] = (str(MAIN),),
 ) -> Cluster:
-    """`proxied`: with a breakable link per ordered pair."""
+    """`proxied`: with a breakable link per ordered pair. `main`: what the interpreter runs."""
 
     def argv(view: NodeView) -> list[str]:
         return [
             sys.executable,
-            str(MAIN),
+            *main,
             f"--id=node{view.index}",
             f"--addr={view.bind()}",
             f"--peers={','.join(view.dials())}",
