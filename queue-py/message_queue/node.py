@@ -57,8 +57,12 @@ log = logging.getLogger(__name__)
 AnyMessage = PeerMessage | NodeMessage
 TICK_S = 0.01
 CORE_TICK_MS = 50
-IDLE_TICK_MS = 100
-"""While every partition has an owner; a hang or a death is noticed this much later."""
+BUSY_TICK_MS = 100
+"""While every partition has an owner, and no link or owner has changed for `RESTLESS_MS`;"""
+IDLE_TICK_MS = 200
+"""and nothing waits for a moment here: as often as heartbeats leave. A hang is noticed this much
+later."""
+RESTLESS_MS = 2_000
 WATCH_MS = 200
 CALM_WATCH_MS = 1_000
 GENESIS_MS = 3_000
@@ -102,6 +106,7 @@ class Node:
         self.memory = MessageMemory(config.memory_bytes)
         self._stirred = True
         """Something was stored since the memory was looked at."""
+        self._core_due_ms = self._restless_until_ms = 0
         self._leases_due: dict[int, int] = {}
         self._serves: dict[int, bool] = {}
         self._serves_ms = 0
@@ -200,6 +205,8 @@ class Node:
             self.links.send_all(fx.send)
         for read in fx.reads:
             self.spawn(self._read(read))
+        if fx.lost or fx.gained or fx.ring is not None:
+            self._stir()
         for lost in fx.lost:
             self._lost(lost)
         for gained in fx.gained:
@@ -353,6 +360,7 @@ class Node:
 
     def on_up(self, hello: Hello) -> None:
         """This node's link to a peer stands."""
+        self._stir()
         self.metrics.peers_connected += 1
         self.ids[hello.position] = hello.node_id
         self.addresses[hello.position] = hello.addr
@@ -363,6 +371,7 @@ class Node:
 
     def on_down(self, position: int) -> None:
         """It broke: nobody there waits for answers any more, and what was asked is in doubt."""
+        self._stir()
         self.metrics.peers_connected -= 1
         self.events.publish("peer_down", position=position)
         log.info("link to %s is down", self.ids.get(position, position))
@@ -375,13 +384,15 @@ class Node:
 
     async def _tick_loop(self) -> None:
         loop = asyncio.get_running_loop()
-        core_due_ms = watch_due_ms = 0
-        core_ms = CORE_TICK_MS
+        watch_due_ms = 0
         while True:
             now_ms = monotonic_ms()
-            if now_ms >= core_due_ms:
-                core_ms = IDLE_TICK_MS if self.router.every_partition_is_served else CORE_TICK_MS
-                core_due_ms = now_ms + core_ms
+            if self._timed:
+                self._core_due_ms = min(self._core_due_ms, now_ms + BUSY_TICK_MS)
+            if now_ms >= self._core_due_ms:
+                calm = self.router.every_partition_is_served and now_ms > self._restless_until_ms
+                every_ms = BUSY_TICK_MS if self._timed else IDLE_TICK_MS
+                self._core_due_ms = now_ms + (every_ms if calm else CORE_TICK_MS)
                 # First: a tick may hand a partition over, with the leases that were told last.
                 self._pass_leases_on(now_ms)
                 if self._stirred:
@@ -395,7 +406,7 @@ class Node:
                 watch_due_ms = now_ms + (CALM_WATCH_MS if calm else WATCH_MS)
                 self.router.watch_owners(loop_s)
             cluster_ms = self.cluster_ms()
-            pause_s = core_ms / 1000
+            pause_s = (self._core_due_ms - now_ms) / 1000
             for host in list(self._timed):
                 due_s = None if host.ended else host.tick(loop_s, cluster_ms)
                 if due_s is None:
@@ -411,6 +422,14 @@ class Node:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._time_matters.wait(), pause_s)
             await asyncio.sleep(max(0.0, loop_s + TICK_S - loop.time()))
+
+    def _stir(self) -> None:
+        """Something may have to be done before long: an election, a hand-over."""
+        now_ms = monotonic_ms()
+        self._restless_until_ms = now_ms + RESTLESS_MS
+        if self._core_due_ms > now_ms + CORE_TICK_MS:
+            self._core_due_ms = now_ms + CORE_TICK_MS
+            self._time_matters.set()
 
     def _pause(self, partition: int) -> None:
         """A partition is about to be handed over and hands nothing out any more: its leases as they
