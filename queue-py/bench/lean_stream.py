@@ -37,8 +37,9 @@ _items = msgspec.json.Decoder(list[Item])
 
 
 class LeanStream(asyncio.Protocol):
-    """`ask` for an answer, `say` for none; deliveries gather in `deliveries`, with the receipt for
-    all of one if it has any, and `arrived` (a future, when somebody waits) is done when some come."""
+    """`ask` for an answer, `say` for none; deliveries gather in `deliveries`, each with the receipt
+    for all of it if it has one, and `arrived` (a future, when somebody waits) is done when some
+    come."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -147,6 +148,7 @@ class LeanStream(asyncio.Protocol):
         for answered in self._asked.values():
             if not answered.done():
                 answered.set_exception(ConnectionError("closed"))
+                answered.exception()  # whoever waited for it may be gone
 
     def close(self) -> None:
         self._transport.close()

@@ -14,9 +14,10 @@ import time
 import urllib.request
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lean_client import LeanClient
 from lean_stream import LeanStream
@@ -61,7 +62,8 @@ class Acks:
     of one while it has the next: it goes on as long as no more than `ON_THEIR_WAY` are. (One of
     single messages waits for each.) The same for every system that confirms acks."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[Any], None] = lambda _: None) -> None:
+        self._check = check
         self._under_way: deque[tuple[Awaitable[object], list[bytes]]] = deque()
 
     def __bool__(self) -> bool:
@@ -79,7 +81,7 @@ class Acks:
         if not self._under_way:
             return []
         confirmed, messages = self._under_way.popleft()
-        await confirmed
+        self._check(await confirmed)
         return messages
 
 
@@ -244,7 +246,7 @@ class _StreamSession(Session):
     def __init__(self, stream: LeanStream, queue: bytes) -> None:
         self.stream = stream
         self.queue = queue
-        self._acks = Acks()
+        self._acks = Acks(_acked)
 
     async def produce(self, body: bytes) -> None:
         status = await self.stream.ask(
@@ -294,14 +296,13 @@ class _StreamSession(Session):
             fields = json.dumps({"op": "ack", "message_ids": ids, "receipts": receipts})
             item = fields[:-1].encode()
         acked = stream.ask(item, self._credit(len(messages)))
-        return await self._acks.add(_done(acked), [m.body.encode() for m in messages])
+        return await self._acks.add(acked, [m.body.encode() for m in messages])
 
     def close(self) -> None:
         self.stream.close()
 
 
-async def _done(answered: asyncio.Future[int]) -> None:
-    status = await answered
+def _acked(status: int) -> None:
     assert status == 200, status
 
 
