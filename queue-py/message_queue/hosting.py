@@ -18,6 +18,7 @@ from message_queue.core.delivery.model import Entry
 from message_queue.core.delivery.owner import PartitionOwner
 from message_queue.core.messages import Spans
 from message_queue.core.operations import (
+    MAX_ANSWER_BYTES,
     Answer,
     ChangeRing,
     Configure,
@@ -442,6 +443,12 @@ class Host:
         }
 
     async def _peek(self, entries: list[Entry]) -> Answer:
+        size = 0
+        for at, entry in enumerate(entries):
+            size += entry.body_bytes
+            if at and size > MAX_ANSWER_BYTES:
+                entries = entries[:at]
+                break
         slices = await self.reader.slices(entries)
         if slices is None:
             return refusal(503, "Message unreadable here", 1, definite=True)

@@ -16,6 +16,8 @@ from message_queue.core.messages import Count, PartitionId
 
 MAX_BATCH: Final = 1000
 MAX_RUNS: Final = 64
+MAX_ANSWER_BYTES: Final = 4 << 20
+"""Of bodies, about: a consumer that asked for more gets fewer messages, but one at least."""
 MAX_WAIT_MS: Final = 20_000
 MAX_VISIBILITY_MS: Final = 12 * 3600 * 1000
 MAX_DELAY_MS: Final = 90 * 24 * 3600 * 1000

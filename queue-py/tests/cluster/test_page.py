@@ -143,6 +143,23 @@ async def test_one_or_many_depends_on_max_being_given(client: HttpClient) -> Non
     assert (await get(client, "/consume?queue=most&max=1000")).status == 204
 
 
+async def test_large_messages_come_in_as_many_answers_as_can_be_carried(
+    cluster: Cluster, client: HttpClient
+) -> None:
+    owner = await owner_of(cluster, "large")
+    for n in range(8):
+        await produce(client, "large", f"{n}" * 1_000_000)
+    bodies: list[str] = []
+    async with cluster.client((owner + 1) % 3) as other:
+        peeked = (await get(other, "/queues/large/peek?max=1000")).json["messages"]
+        assert [m["body"][0] for m in peeked] == ["0", "1", "2", "3"]
+        while len(bodies) < 8:
+            reply = await get(other, "/consume?queue=large&max=1000")
+            assert reply.status == 200
+            bodies += [m["body"][0] for m in reply.json["messages"]]
+    assert bodies == list("01234567")
+
+
 async def test_an_unknown_queue_is_empty_and_a_long_poll_waits_for_it(
     cluster: Cluster, client: HttpClient
 ) -> None:

@@ -23,6 +23,9 @@ _BLOCK: Final = 1 << _BLOCK_BITS
 _LOW: Final = _BLOCK - 1
 SLOT_BYTES: Final = 48
 """About what a waiting message takes in memory besides the bytes of its body."""
+PARCEL_BYTES: Final = 320
+"""About what a parcel takes besides: of messages that were stored one by one each has its own
+(measured)."""
 
 
 class Parcel(Struct, eq=False, gc=False):
@@ -38,7 +41,7 @@ class Parcel(Struct, eq=False, gc=False):
 
 
 class Parcels:
-    """Invariants: no two parcels overlap; `bytes` is what all bodies that are here take."""
+    """Invariants: no two parcels overlap; `bytes` is about what all of them take in memory."""
 
     __slots__ = ("_blocks", "bytes")
 
@@ -55,6 +58,7 @@ class Parcels:
             dot = first + at
             part: list[bytes | None] = list(bodies[at : at + _BLOCK - (dot & _LOW)])
             parcel = Parcel(dot, meta, part, len(part))
+            self.bytes += _shared_bytes(meta)
             block = self._blocks.get(dot >> _BLOCK_BITS)
             if block is None:
                 self._blocks[dot >> _BLOCK_BITS] = [parcel]
@@ -101,6 +105,7 @@ class Parcels:
         return body
 
     def _remove(self, parcel: Parcel) -> None:
+        self.bytes -= _shared_bytes(parcel.meta)
         key = parcel.first >> _BLOCK_BITS
         block = self._blocks[key]
         if len(block) == 1:
@@ -144,6 +149,11 @@ class Parcels:
                 for offset, body in enumerate(parcel.bodies):
                     if body is not None:
                         yield parcel.first + offset
+
+
+def _shared_bytes(meta: MessageMeta) -> int:
+    """Of a parcel itself, and what its messages have in common."""
+    return PARCEL_BYTES + len(meta.headers or b"") + len(meta.origin or b"")
 
 
 def _first(parcel: Parcel) -> int:

@@ -5,7 +5,10 @@ memory."""
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from sys import maxsize
 
 from msgspec.structs import replace
 
@@ -144,10 +147,10 @@ class Stock(QueueBook):
         for dot in queue.backlog.first(priority, _within(most)):
             self._recall(queue, priority, dot)
 
-    def _draw(self, queue: Queue, most: int) -> list[Lot]:
+    def _draw(self, queue: Queue, most: int, room_bytes: int) -> list[Lot]:
         """Up to `most` messages from the head of the backlog, as far as they come before those in
-        line: in no state yet, and in none of the books. [] also if their lifetime must be
-        watched."""
+        line and (but for the last ones of a parcel) fit: in no state yet, and in none of the books.
+        [] also if their lifetime must be watched."""
         head = queue.backlog.head()
         if head is None or queue.settings.retention_ms is not None:
             return []
@@ -158,15 +161,20 @@ class Stock(QueueBook):
             below = entry.dot if entry.priority == head[0] else None
         drawn: list[Lot] = []
         for first, last in queue.backlog.take_first(head[0], most, below):
-            while first <= last:
-                lot = self._lot(queue, head[0], first, last)
+            while first <= last and room_bytes > 0:
+                lot = self._lot(queue, head[0], first, last, room_bytes)
+                room_bytes -= lot.body_bytes
                 drawn.append(lot)
                 first += lot.count
+            if first <= last:
+                queue.backlog.add_run(first, last + 1 - first, head[0], 0)
         return drawn
 
-    def _lot(self, queue: Queue, priority: int, first: int, last: int) -> Lot:
+    def _lot(
+        self, queue: Queue, priority: int, first: int, last: int, room_bytes: int = maxsize
+    ) -> Lot:
         """Messages that just left the backlog, together: as many from `first` on as lie in one
-        parcel, or on disk."""
+        parcel, or on disk and fit."""
         parcel = self.parcels.holding(first)
         meta: MessageMeta | None = None
         bodies: list[bytes] | None = None
@@ -180,6 +188,9 @@ class Stock(QueueBook):
             # What turned out unreadable a moment ago has no card: reading it will say so.
             sizes = shelf.sizes(first, count) if shelf is not None else array("I", [0]) * count
             enqueued_ms = card.enqueued_ms if card is not None else 1 << 62
+            if sum(sizes) > room_bytes:
+                count = max(1, bisect_right(list(accumulate(sizes)), room_bytes))
+                sizes = sizes[:count]
         size = sum(sizes)
         if bodies is not None:
             self.resident_bytes += size

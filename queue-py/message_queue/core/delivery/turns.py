@@ -18,6 +18,7 @@ from message_queue.core.delivery.model import (
 )
 from message_queue.core.delivery.queues import Queue, QueueView, Waiter
 from message_queue.core.delivery.stock import DRAWN_AT_LEAST, Stock
+from message_queue.core.operations import MAX_ANSWER_BYTES
 
 CHUNK_BITS = 10
 """No lot reaches across a multiple of 1,024."""
@@ -118,10 +119,11 @@ class Turns(Stock):
     def _take(self, queue: Queue, most: int, visibility_ms: int | None, now_ms: int) -> list[Taken]:
         lease_ms = queue.settings.visibility_ms if visibility_ms is None else visibility_ms
         taken: list[Taken] = []
-        left = most
-        while left:
-            if left >= DRAWN_AT_LEAST and (drawn := self._draw(queue, left)):
+        left, room_bytes = most, MAX_ANSWER_BYTES
+        while left and room_bytes > 0:
+            if left >= DRAWN_AT_LEAST and (drawn := self._draw(queue, left, room_bytes)):
                 left -= self._lease_drawn(queue, drawn, now_ms, now_ms + lease_ms)
+                room_bytes -= sum([lot.body_bytes for lot in drawn])
                 taken += drawn
                 continue
             entry = self._next(queue, left)
@@ -136,6 +138,7 @@ class Turns(Stock):
             self._lease_until(queue, entry, now_ms + lease_ms)
             taken.append(entry)
             left -= 1
+            room_bytes -= entry.body_bytes
         return taken
 
     def _lease_drawn(self, queue: Queue, drawn: list[Lot], now_ms: int, due_ms: int) -> int:
