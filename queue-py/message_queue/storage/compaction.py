@@ -39,14 +39,20 @@ _FRUITLESS_PAUSE_S = 30.0
 _MOVE_BYTES = 512 * 1024
 _WRITE_BYTES = 1 << 20
 _BLOCKS_A_STEP: Final = 32
-TAIL_RECORDS = 20_000
-"""A start replays at most about this many puts and acks behind the snapshot, or a quarter of what
-is stored: so snapshots cost a bounded share of what is written, and starts a bounded time."""
+TAIL_COST = 20_000
+"""Behind a snapshot, a start replays about so much (`records.replay_cost`) before the next one is
+worth it, or a quarter of what is stored. Where a quarter of that is much log (small messages came
+in large batches, which cost a start little and a snapshot as much as any),"""
+TAIL_SIZE = 4
+"""the next one waits until so many times its own size was written. So snapshots cost a bounded
+share of what is written, and starts a bounded time."""
+_ROW_BYTES = 48
+"""Of a put in a snapshot."""
 
 
 class Housekeeper:
-    """`barrier` returns when all that was appended is durable and indexed; `replay_needed()` is how
-    many entries were appended since the start."""
+    """`barrier` returns when all that was appended is durable and indexed; `replay()` is what
+    it takes to replay all that was appended since the start; `behind`: what this start replayed."""
 
     def __init__(
         self,
@@ -56,7 +62,7 @@ class Housekeeper:
         *,
         append: Callable[[LogRecord | Moved], None],
         barrier: Callable[[], Awaitable[None]],
-        entries: Callable[[], int],
+        replay: Callable[[], int],
         clock_ms: Callable[[], int],
         on_damage: Callable[[int, Spans], None],
         quarantine: set[int],
@@ -70,13 +76,15 @@ class Housekeeper:
         self._states = states
         self._append = append
         self._barrier = barrier
-        self._entries = entries
+        self._replay = replay
         self._clock_ms = clock_ms
         self._on_damage = on_damage
         self._quarantine = quarantine
         self._marked = marked
         """Segments that the snapshot on disk rests on."""
         self._snapshot_at = -behind
+        self._replay_from = (0, 0)
+        """(segment, offset) from which the snapshot on disk is replayed."""
         self._path = path_in(log_.directory)
 
     async def run(self) -> None:
@@ -93,22 +101,37 @@ class Housekeeper:
                     if fruitless and self._log.trouble is None:
                         # It gained next to nothing (a limit on file sizes keeps segments small).
                         pause_s = _FRUITLESS_PAUSE_S
-                elif self.tail > max(TAIL_RECORDS, self._index.count() // 4):
+                elif self.due:
                     await self.snapshot()
             except OSError as failure:
                 log.warning("storage puts its housekeeping off: %s", failure)
 
     @property
     def tail(self) -> int:
-        """Entries that a start would replay."""
-        return self._entries() - self._snapshot_at
+        """What a start would have to replay."""
+        return self._replay() - self._snapshot_at
+
+    @property
+    def due(self) -> bool:
+        """A snapshot is worth what it costs."""
+        if self.tail <= TAIL_COST:
+            return False
+        segment, offset = self._replay_from
+        sizes = self._log.sizes
+        written = sum(size for number, size in sizes.items() if number >= segment) - offset
+        count = self._index.count()
+        return self.tail > count // 4 or written > TAIL_SIZE * self._size(count)
+
+    def _size(self, count: int) -> int:
+        """About what a snapshot takes."""
+        return _ROW_BYTES * count + self._index.extra_bytes + (1 << 20)
 
     # ── snapshots ───────────────────────────────────────────────────────────────────────────────
 
     async def snapshot(self, without: Container[int] = ()) -> bool:
         """Write one that does not rest on the segments `without`: nothing needed is in them. False
         when the disk has no room for it: acks go first. Raises OSError."""
-        size = 48 * self._index.count() + self._index.extra_bytes + (1 << 20)
+        size = self._size(self._index.count())
         if self._log.trouble is not None or not await self._log.has_room(size):
             await self.drop_snapshot()
             return False
@@ -116,7 +139,7 @@ class Housekeeper:
         replay_from = self._log.segment, self._log.sizes.get(self._log.segment, 0)
         if replay_from[1] == 0:  # between two segments, after a failure: everything is behind it
             replay_from = max(self._log.sizes, default=0), 0
-        at = self._entries()
+        at = self._replay()
         frames = 0
         async with aiofiles.open(scratch, "wb", buffering=0) as file:
             await file.write(MAGIC)
@@ -140,7 +163,7 @@ class Housekeeper:
         await wrap(scratch.replace)(self._path)
         await wrap(files.sync_directory)(self._path.parent)
         self._marked = frozenset(mark.segment for mark in marks)
-        self._snapshot_at = at
+        self._snapshot_at, self._replay_from = at, replay_from
         self.snapshots += 1
         return True
 

@@ -36,7 +36,8 @@ class Frame:
 
     start: int
     end: int
-    payload: bytes
+    payload: bytes | memoryview
+    """Of the kind that was looked at: a view is no copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def frame_at(data: bytes | memoryview, start: int) -> Frame | None:
         return None
     if crc32(data[body : body + length], crc32(data[start : start + 4])) != crc:
         return None
-    return Frame(start, body + length, bytes(data[body + len(MARK) : body + length]))
+    return Frame(start, body + length, data[body + len(MARK) : body + length])
 
 
 def scan(data: bytes, position: int = 0) -> Iterator[Frame | Damage]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from msgspec import Struct
@@ -354,7 +354,7 @@ class Index:
         """Take over a block of a snapshot, whose kinds refer to its `names`. KeyError when they
         name nothing."""
         renamed = {0: 0}
-        for kind, times in Counter(block.kinds).items():
+        for kind, times in _counted(block.kinds):
             if kind:
                 number = self.names.take(names[kind >> PRIORITY_BITS], times)
                 renamed[kind] = number << PRIORITY_BITS | kind & _PRIORITY
@@ -363,15 +363,16 @@ class Index:
         self._partitions.setdefault(partition, {})[key] = block
         self._count += block.live
         self.extra_bytes += sum(map(len, block.extras.values())) if block.extras else 0
-        segments = [frame >> 32 for frame in block.frames]
-        for segment, puts in Counter(segments).items():
-            live = self.live.setdefault(segment, Live())
-            live.puts += puts
-            if puts == len(segments):
-                live.bytes += sum(block.sizes) + puts * FRAME_BYTES
-                return
-        for segment, size in zip(segments, block.sizes, strict=True):
-            self.live[segment].bytes += size + FRAME_BYTES
+        segments = {frame >> 32 for frame in set(block.frames)}
+        if len(segments) == 1:
+            live = self.live.setdefault(segments.pop(), Live())
+            live.puts += block.live
+            live.bytes += sum(block.sizes) + block.live * FRAME_BYTES
+            return
+        for frame, size in zip(block.frames, block.sizes, strict=True):
+            live = self.live.setdefault(frame >> 32, Live())
+            live.puts += 1
+            live.bytes += size + FRAME_BYTES
 
     def names_in(self, block: Block) -> dict[int, str]:
         """The names that a block's kinds refer to."""
@@ -453,3 +454,11 @@ class Index:
                 del self._partitions[partition]
         elif len(block.rows) > 2 * block.live + _TRIM_ABOVE:
             block.trim()
+
+
+def _counted(column: array[int]) -> Iterable[tuple[int, int]]:
+    """How often which value is there. Quick when it is one, as in blocks of batches."""
+    first = column[0]
+    if column.count(first) == len(column):
+        return ((first, len(column)),)
+    return Counter(column).items()

@@ -180,7 +180,7 @@ class SegmentLog(Generic[T]):
                 for locator, part in zip(its, parts, strict=True):
                     good = frame_at(part, 0)
                     if good is not None and good.end == span_of(locator)[1]:
-                        found[locator] = good.payload
+                        found[locator] = bytes(good.payload)
         return found
 
     def marks(self) -> list[Mark]:

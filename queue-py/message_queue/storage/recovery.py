@@ -13,6 +13,7 @@ snapshot knows and its segments do not.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from message_queue.storage import files, snapshot
 from message_queue.storage.framing import HEADER, Damage, Frame, scan
 from message_queue.storage.index import BLOCK_BITS, Index
 from message_queue.storage.log import Mark
-from message_queue.storage.records import Moved, UnreadableRecord, decode
+from message_queue.storage.records import Moved, UnreadableRecord, decode, replay_cost
 from message_queue.storage.records import runs_in as runs_stored
 from message_queue.storage.segments import locate, segment_path, segments_in
 from message_queue.storage.snapshot import Snapshot, SnapshotUnreadable
@@ -54,7 +55,9 @@ class Recovered:
     """CRC-32 of their bytes."""
     clock_ms: int = 0
     frames: int = 0
-    """Records that were replayed."""
+    """Records that were replayed,"""
+    cost: int = 0
+    """and what that took (`records.replay_cost`)."""
     from_snapshot: int = 0
     """Puts that a snapshot spared us."""
     marked: frozenset[int] = frozenset()
@@ -80,6 +83,7 @@ def recover(directory: Path) -> Recovered:
         found.useless_snapshot = True
         found.warnings.append(f"the index snapshot is damaged, the whole log is replayed: {e}")
     ahead: dict[int, PartitionState] = {}
+    marks: dict[int, Mark] = {}
     start = (0, 0)
     if newest is not None:
         wrong = _unlike(directory, newest)
@@ -93,18 +97,20 @@ def recover(directory: Path) -> Recovered:
             found.states, found.index = newest.states, newest.index
             found.clock_ms = newest.end.clock_ms
             found.from_snapshot = found.index.count()
-            found.marked = frozenset(mark.segment for mark in newest.end.marks)
+            marks = {mark.segment: mark for mark in newest.end.marks}
+            found.marked = frozenset(marks)
             found.sizes = {mark.segment: mark.size for mark in newest.end.marks}
             found.crcs = {mark.segment: mark.crc for mark in newest.end.marks}
             start = newest.end.replay_from
     checked: set[int] = set()
     for number in numbers:
-        if number >= start[0]:
-            offset = start[1] if number == start[0] else 0
-            _read_segment(found, directory, number, offset, number == numbers[-1], checked)
-        elif number not in found.marked:
+        if number < start[0] and number not in found.marked:
             # Compaction had written that it needs this one no more, and was stopped.
             segment_path(directory, number).unlink()
+    for number, data, crc in _loaded(directory, [n for n in numbers if n >= start[0]], marks):
+        offset = start[1] if number == start[0] else 0
+        found.crcs[number] = crc
+        _read_segment(found, directory, number, data, offset, number == numbers[-1], checked)
     _prune(found)
     _withdraw(found, checked)
     _withdraw_ahead(found, ahead)
@@ -128,15 +134,42 @@ def _unlike(directory: Path, newest: Snapshot) -> list[int]:
         ]
 
 
+def _loaded(
+    directory: Path, numbers: list[int], marks: dict[int, Mark]
+) -> Iterator[tuple[int, bytes, int]]:
+    """(segment, its bytes, their CRC-32); the next one is on its way while one is replayed. What a
+    mark vouches for was summed up already."""
+
+    def load(number: int) -> tuple[bytes, int]:
+        data = segment_path(directory, number).read_bytes()
+        mark = marks.get(number)
+        if mark is None:
+            return data, crc32(data)
+        return data, crc32(memoryview(data)[mark.size :], mark.crc)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="log-loader") as loader:
+        ahead = [loader.submit(load, number) for number in numbers[:1]]
+        for at, number in enumerate(numbers):
+            loaded = ahead.pop()
+            ahead += [loader.submit(load, later) for later in numbers[at + 1 : at + 2]]
+            yield number, *loaded.result()
+
+
 def _read_segment(
-    found: Recovered, directory: Path, number: int, offset: int, last: bool, checked: set[int]
+    found: Recovered,
+    directory: Path,
+    number: int,
+    data: bytes,
+    offset: int,
+    last: bool,
+    checked: set[int],
 ) -> None:
     """Replay one segment from `offset` on."""
     path = segment_path(directory, number)
-    data = path.read_bytes()
     if last and len(data) < len(HEADER):
         # The crash came between the file's name and its first record.
         found.cut_bytes += len(data)
+        del found.crcs[number]
         path.unlink()
         files.sync_directory(directory)
         return
@@ -150,11 +183,11 @@ def _read_segment(
                     path.write_bytes(HEADER)
                 files.cut(path, max(start, len(HEADER)))
                 data = data[:start] if start >= len(HEADER) else HEADER
+                found.crcs[number] = crc32(data)
             case Damage(start, end):
                 found.damaged.setdefault(number, []).append((start, end))
                 checked.clear()
     found.sizes[number] = len(data)
-    found.crcs[number] = crc32(data)
 
 
 def _replay(found: Recovered, segment: int, frame: Frame, checked: set[int]) -> None:
@@ -165,6 +198,7 @@ def _replay(found: Recovered, segment: int, frame: Frame, checked: set[int]) -> 
         checked.clear()
         return
     found.frames += 1
+    found.cost += replay_cost(record)
     if isinstance(record, ClockRecord):
         found.clock_ms = max(found.clock_ms, record.cluster_ms)
         return

@@ -189,11 +189,17 @@ def _block(row: Row) -> Block:
     count = len(block.rows)
     if any(len(column) != count for column in columns) or not 0 < count <= BLOCK:
         raise ValueError("columns of different lengths")
-    if block.rows[-1] >= BLOCK or list(block.rows) != sorted(set(block.rows)):
+    rows = block.rows
+    end = rows[0] + count
+    whole = end <= BLOCK and rows == array("H", range(rows[0], end))
+    if rows[-1] >= BLOCK or not (whole or list(rows) == sorted(set(rows))):
         raise ValueError("rows out of order")
-    if 0 in block.lengths or row.extras.keys() != {
-        number for number, kind in zip(block.rows, block.kinds, strict=True) if not kind
-    }:
+    bare = (
+        {number for number, kind in zip(rows, block.kinds, strict=True) if not kind}
+        if (0 in block.kinds)
+        else set()
+    )
+    if 0 in block.lengths or row.extras.keys() != bare:
         raise ValueError("rows without a place or an extra")
     block.extras = row.extras or None
     block.live = count

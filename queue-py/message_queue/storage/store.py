@@ -29,7 +29,15 @@ from message_queue.core.messages import (
 from message_queue.storage.compaction import Housekeeper
 from message_queue.storage.index import Place
 from message_queue.storage.log import Durable, Fsync, SegmentLog, Trouble
-from message_queue.storage.records import Bodies, Moved, UnreadableRecord, decode, encode, runs_in
+from message_queue.storage.records import (
+    Bodies,
+    Moved,
+    UnreadableRecord,
+    decode,
+    encode,
+    replay_cost,
+    runs_in,
+)
 from message_queue.storage.recovery import Recovered, recover
 from message_queue.storage.segments import span_of
 from message_queue.storage.shelf import PartitionShelf
@@ -105,8 +113,8 @@ class Store:
             on_trouble=on_trouble,
         )
         self._frames = _FrameCache(_CACHED_BYTES)
-        self._entries = 0
-        """Puts and other entries handed to the log in this life."""
+        self._replay = 0
+        """What it takes to replay all that was handed to the log in this life."""
         self._keeper: asyncio.Task[None] | None = None
         self.position: int | None = None
         """This node's; what others own is indexed after it was reported."""
@@ -118,12 +126,12 @@ class Store:
             self.states,
             append=lambda record: self._log.append(encode(record), _Ticket(0, record)),
             barrier=self.flushed,
-            entries=lambda: self._entries,
+            replay=lambda: self._replay,
             clock_ms=lambda: self._clock_ms,
             on_damage=lambda partition, lost: self.on_damage(partition, lost),
             quarantine=set(recovered.damaged),
             marked=recovered.marked,
-            behind=recovered.frames,
+            behind=recovered.cost,
         )
 
     @classmethod
@@ -187,7 +195,7 @@ class Store:
         on disk."""
         last = len(records) - 1
         for number, record in enumerate(records):
-            self._entries += len(record.entries) if isinstance(record, AppendRecord) else 1
+            self._replay += replay_cost(record)
             self._log.append(encode(record), _Ticket(batch if number == last else 0, record))
 
     def _written(self, written: list[Durable[_Ticket]]) -> None:

@@ -91,8 +91,12 @@ def ack(partition: int, seq: int, *targets: int) -> AppendRecord:
     return AppendRecord(partition, EPOCH, (Ack(seq, tuple((EPOCH, t, t) for t in targets)),))
 
 
-def plain_puts(partition: int, first: int, count: int, queue: str = "q") -> AppendRecord:
+def plain_puts(
+    partition: int, first: int, count: int, queue: str = "q", size: int = 0
+) -> AppendRecord:
     """Messages as the owner stores them, each in want of nothing."""
     meta = stored.encode(stored.MessageMeta(queue, 1_000 + first, 7, b'{"a":1}'))
-    run = put_entry(first, meta, [b'"%d"' % seq for seq in range(first, first + count)])
+    run = put_entry(
+        first, meta, [b'"%d%b"' % (seq, b"x" * size) for seq in range(first, first + count)]
+    )
     return AppendRecord(partition, EPOCH, (run,))

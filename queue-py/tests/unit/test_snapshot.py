@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from message_queue.core.messages import PromiseRecord, Standing
+from message_queue.storage import compaction
 from message_queue.storage.framing import Frame, scan
 from message_queue.storage.recovery import Recovered, recover
 from message_queue.storage.segments import segment_path, segments_in
@@ -178,3 +179,45 @@ async def test_a_full_disk_takes_no_snapshot_and_keeps_none(tmp_path: Path) -> N
     assert not path_in(tmp_path).exists()
     await bench.store.close()
     assert len(recover(tmp_path).states[1].held) == 3
+
+
+async def test_a_snapshot_is_worth_it_by_what_a_start_would_replay_and_by_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches cost a start little; a snapshot, which costs by the message, waits for many."""
+    monkeypatch.setattr(compaction, "TAIL_COST", 100)
+    bench = await StoreBench(tmp_path, segment_bytes=1 << 20).open()
+    housekeeper = bench.store.housekeeper
+    bench.persist(seal(1))
+    at = 1
+    for _ in range(10):
+        bench.persist(plain_puts(1, at, 320))
+        at += 320
+    await bench.settled()
+    assert 100 < housekeeper.tail < 130, "ten for the puts of a run, one for the run"
+    assert not housekeeper.due, "less was written than four snapshots take"
+    for _ in range(10):
+        bench.persist(plain_puts(1, at, 320, size=2_000))
+        at += 320
+    await bench.settled()
+    assert housekeeper.due
+    assert await housekeeper.snapshot()
+    assert housekeeper.tail < 10
+    for _ in range(9):
+        bench.persist(plain_puts(1, at, 320, size=2_000))
+        at += 320
+    await bench.settled()
+    assert not housekeeper.due, "a start would replay nine runs"
+    await bench.store.close()
+
+
+async def test_a_start_counts_what_it_replayed(tmp_path: Path) -> None:
+    bench = await StoreBench(tmp_path, segment_bytes=1 << 20).open()
+    bench.persist(seal(1))
+    bench.persist(plain_puts(1, 1, 640))
+    await bench.settled()
+    tail = bench.store.housekeeper.tail
+    await bench.store.close()
+    await bench.open()
+    assert tail <= bench.store.housekeeper.tail <= tail + 3, "or it would never write one"
+    await bench.store.close()
