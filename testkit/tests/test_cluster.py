@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from testkit import cluster as cluster_package
 from testkit.cluster import (
     CAN_LIMIT,
     CAN_PAUSE,
@@ -34,6 +35,7 @@ from testkit.history import History
 
 pytestmark = pytest.mark.cluster
 NODE = Path(__file__).with_name("echo_node.py")
+REROUTED = Path(cluster_package.__file__).with_name("rerouted.py")
 
 
 def argv(view: NodeView) -> list[str]:
@@ -104,6 +106,25 @@ async def test_cuts_act_on_one_direction_of_one_link(tmp_path: Path) -> None:
         assert await reaches(cluster, 1, 2)
         cluster.heal()
         assert await reaches(cluster, 1, 0)
+
+
+def rerouted(view: NodeView) -> list[str]:
+    """It knows the others' own addresses only."""
+    routes = ",".join(f"{view.real(other)}={view.dial(other)}" for other in view.others())
+    return [sys.executable, str(REROUTED), routes, *argv(view)[1:]]
+
+
+async def test_links_to_addresses_that_a_node_was_never_told_can_be_cut(tmp_path: Path) -> None:
+    async with (
+        Cluster(rerouted, 2, root=tmp_path, proxied=["http"]) as cluster,
+        cluster.client(0) as client,
+    ):
+        for cut in (False, True):
+            if cut:
+                cluster.cut(0, 1, one_way=True)
+            reply = await client.get("/ask", peer=cluster.views[0].real(1))
+            assert isinstance(reply, Reply), reply
+            assert reply.json["reached"] is not cut
 
 
 async def test_a_node_that_dies_early_is_reported_with_its_log(tmp_path: Path) -> None:

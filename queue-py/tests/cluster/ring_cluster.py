@@ -8,20 +8,26 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import testkit.cluster
 from testkit.cluster import Cluster, NodeView, Reply
 
 from .nodes import MAIN, until
 
 FOUNDERS = 3
+REROUTED = Path(testkit.cluster.__file__).with_name("rerouted.py")
 
 
 def argv(view: NodeView) -> list[str]:
-    """Three founders, who reach each other by proxies if there are any; the others join."""
-    founders = view.dials()[:FOUNDERS]
+    """Three founders; the others join. If there are proxies, all reach each other by them, also
+    those of whom they only hear."""
+    founders = view.reals()[:FOUNDERS]
     place = f"--peers={','.join(founders)}" if view.index < FOUNDERS else f"--join={founders[1]}"
+    routes = ",".join(
+        f"{view.real(n)}={view.dial(n)}" for n in view.others() if view.real(n) != view.dial(n)
+    )
     return [
-        sys.executable, str(MAIN), f"--id=node{view.index}", f"--addr={view.bind()}", place,
-        f"--dataDir={view.data_dir}",
+        sys.executable, *((str(REROUTED), routes) if routes else ()), str(MAIN),
+        f"--id=node{view.index}", f"--addr={view.bind()}", place, f"--dataDir={view.data_dir}",
     ]  # fmt: skip
 
 

@@ -167,6 +167,12 @@ async def test_a_change_survives_the_death_of_everybody_in_the_middle_of_it(
         cluster.kill(3)  # with its place by now, and the same --join
         cluster.start(3)
         await cluster.ready(3)
+        # And one that leaves, with what it still has to hand over: it comes back to do so.
+        leaver = {"addr": cluster.views[0].bind()}
+        assert (await ask(cluster, 1, "/admin/leave", leaver)).status == 202
+        cluster.kill(0)
+        cluster.start(0)
+        await changed(cluster, 2, 5, {1, 2, 3})
         verdict = await load.judge(3)
         print(verdict)
         verdict.require()

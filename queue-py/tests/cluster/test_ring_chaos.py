@@ -1,6 +1,7 @@
 """The ring changes, and changes again, while machines are killed, paused, cut off, restarted and
-lose their disk, and clients work; judged by total-queue. ``SOAK=5``: five minutes (skipped without;
-the simulation's ``phases`` does the same at every run). ``CHAOS_SEED`` draws others.
+lose their disk, and clients work; judged by total-queue. Half of the faults hit whoever comes or
+goes. ``SOAK=5``: five minutes (skipped without; the simulation's ``phases`` does the same at every
+run). ``CHAOS_SEED`` draws others.
 
 Three nodes found the cluster, two stand by. The operator lets nodes in and out, calls changes off,
 erases a machine as soon as a member says that it has left, and starts it again later as a new node.
@@ -52,10 +53,9 @@ class Operator:
         """Started with an empty disk, and not yet seen in the ring."""
         self.met: dict[str, int] = {}
         self.addresses = [view.bind() for view in cluster.views]
-        self.known = {
-            addr: machine for view in cluster.views for machine, addr in enumerate(view.dials())
-        }
-        """Also by the proxies: a founder is named as ``--peers`` has it until it is heard."""
+        self.known = {addr: machine for machine, addr in enumerate(self.addresses)}
+        self.mover: int | None = None
+        """Who comes or goes just now: half of the faults are for it."""
         self.version = 0
 
     def hit(self, what: str) -> None:
@@ -76,6 +76,8 @@ class Operator:
         if found is not None:
             self.version = found["version"]
             self.members = {self.known[node["addr"]] for node in found["nodes"]}
+            change = found["change"]
+            self.mover = self.known[change["addr"]] if change is not None else None
             self.new -= self.members
         return found
 
@@ -136,8 +138,10 @@ class Operator:
         if not running:
             return
         kind = rng.choice(("kill", "kill", "wipe", "stop", "pause", "cut", "isolate", "power"))
-        self.hit(kind)
         victim = rng.choice(running)
+        if self.mover in running and rng.random() < 0.5:
+            victim = self.mover
+        self.hit(f"{kind} of who moves" if victim == self.mover else kind)
         for_s = rng.uniform(0.1, 2.0)
         match kind:
             case "kill":
@@ -159,14 +163,15 @@ class Operator:
                 await asyncio.sleep(for_s)
                 cluster.resume(victim)
             case "cut":
-                one, other = rng.sample(range(FOUNDERS), 2)
-                cluster.cut(one, other, one_way=rng.random() < 0.5)
+                other = rng.choice([n for n in range(MACHINES) if n != victim])
+                ends = (victim, other) if rng.random() < 0.5 else (other, victim)
+                break_ = cluster.cut if rng.random() < 0.5 else cluster.blackhole
+                break_(*ends, one_way=rng.random() < 0.5)
                 await asyncio.sleep(for_s)
                 cluster.heal()
             case "isolate":
-                alone = rng.randrange(FOUNDERS)
-                others = set(range(MACHINES)) - {alone}
-                cluster.partition({alone}, others, silent=rng.random() < 0.5)
+                others = set(range(MACHINES)) - {victim}
+                cluster.partition({victim}, others, silent=rng.random() < 0.5)
                 await asyncio.sleep(for_s)
                 cluster.heal()
             case _:
