@@ -61,8 +61,7 @@ _CONSUME = "/consume?"
 _POSTS = frozenset(("/produce", "/ack", "/nack", "/extend"))
 _HARMLESS = frozenset(
     b"host user-agent accept-encoding accept-language content-type cache-control pragma via "
-    b"traceparent tracestate forwarded x-forwarded-for x-forwarded-host x-forwarded-port "
-    b"x-forwarded-proto x-real-ip".split()
+    b"traceparent tracestate forwarded".split()
 )
 _REQUEST_ID = re.compile(REQUEST_ID_PATTERN.encode())
 _UNSEEN: Final = Consume("")
@@ -110,9 +109,11 @@ def plain_headers(raw: Sequence[tuple[bytes, bytes]]) -> tuple[bytes, int] | Non
         elif name == b"connection":
             if value.lower() != b"keep-alive":
                 return None
-        elif name == b"x-request-id" and not request_id and _REQUEST_ID.fullmatch(value):
+        elif name == b"x-request-id":
+            if request_id or not _REQUEST_ID.fullmatch(value):
+                return None
             request_id = value
-        else:
+        elif not name.startswith(b"x-"):  # others mean something to proxies and tracers only
             return None
     return request_id, length
 
