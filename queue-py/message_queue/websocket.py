@@ -31,6 +31,7 @@ _KNOWN = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _CONTROL_BYTES = 125
 _CLOSE_WITHIN_S = 1.0
+_CLOSE_CODES: Final = frozenset((*range(1000, 1004), *range(1007, 1015)))
 _FULL_BYTES: Final = 256 * 1024
 """In the transport's buffer; beyond that nothing is added until it has drained. Above the mark at
 which transports stop their writers, so that one that is full tells when it has drained."""
@@ -93,6 +94,8 @@ class FrameReader:
             at = start + size
             opcode = first & 0x0F
             if first & 0x80 and opcode != CONTINUATION:
+                if opcode == CLOSE:
+                    _check_close(payload)
                 found.append((opcode, payload))
             else:
                 self._continue(opcode, bool(first & 0x80), payload, found)
@@ -128,6 +131,19 @@ class FrameReader:
             found.append((self._opcode, bytes(self._partial)))
             self._opcode = CONTINUATION
             self._partial.clear()
+
+
+def _check_close(payload: bytes) -> None:
+    """RFC 6455, section 7.4: a code that may be sent, and a reason in UTF-8; or nothing at all."""
+    if not payload:
+        return
+    code = int.from_bytes(payload[:2], "big")
+    if len(payload) < 2 or not (code in _CLOSE_CODES or 3000 <= code < 5000):
+        raise ProtocolError(WSCloseCode.PROTOCOL_ERROR, "close code")
+    try:
+        payload[2:].decode()
+    except UnicodeDecodeError:
+        raise ProtocolError(WSCloseCode.INVALID_TEXT, "close reason") from None
 
 
 def _unmasked(payload: bytes, mask: bytes) -> bytes:
@@ -212,6 +228,7 @@ class WebSocket:
             "Upgrade": "websocket",
             "Connection": "Upgrade",
             "Sec-WebSocket-Accept": accept_key(request),
+            "Server": "message-queue",
         }
         response = web.StreamResponse(status=101, headers=headers)
         response.force_close()

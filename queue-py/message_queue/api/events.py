@@ -40,7 +40,13 @@ class EventHub:
                 text="Too many event streams", headers={"Retry-After": "5"}
             )
         response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", **headers}
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-store",
+                "Server": "message-queue",
+                "X-Content-Type-Options": "nosniff",
+                **headers,
+            }
         )
         await response.prepare(request)
         subscriber = _Subscriber()

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
@@ -438,6 +439,15 @@ async def test_the_ring_names_nodes_virtual_nodes_partitions_owners_and_epochs(
     one = (await get(client, "/ring?queue=mine")).json["partitions"]
     assert len(one) == 1
     assert one[0] in ring["partitions"]
+
+
+async def test_no_answer_says_what_it_is_made_with(cluster: Cluster) -> None:
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    upgrade["Sec-WebSocket-Key"] = "x" * 22 + "=="
+    async with aiohttp.ClientSession() as session:
+        for path, headers in (("/events", {}), ("/stream", upgrade), ("/status", {})):
+            async with session.get(cluster.url(0) + path, headers=headers) as answer:
+                assert answer.headers["Server"] == "message-queue", path
 
 
 async def test_a_waiting_consumer_of_a_configured_queue_is_shown(

@@ -57,6 +57,12 @@ def test_a_continued_message_is_put_together_and_a_ping_may_come_between() -> No
     ]
 
 
+def test_a_peer_may_close_with_a_code_and_a_reason_or_without() -> None:
+    for payload in (b"", b"\x03\xe8", b"\x0f\xa1" + "é".encode()):
+        reader = FrameReader(10)
+        assert reader.feed(masked(payload, CLOSE)) == [(CLOSE, payload)]
+
+
 @pytest.mark.parametrize(
     ("data", "code"),
     [
@@ -65,6 +71,12 @@ def test_a_continued_message_is_put_together_and_a_ping_may_come_between() -> No
         (b"\x83\x80....", WSCloseCode.PROTOCOL_ERROR),
         (masked(b"x" * 126, PING), WSCloseCode.PROTOCOL_ERROR),
         (masked(b"", CLOSE, last=False), WSCloseCode.PROTOCOL_ERROR),
+        (masked(b"\x03", CLOSE), WSCloseCode.PROTOCOL_ERROR),
+        *(
+            (masked(code.to_bytes(2, "big"), CLOSE), WSCloseCode.PROTOCOL_ERROR)
+            for code in (0, 999, 1004, 1005, 1006, 1015, 2999, 5000)
+        ),
+        (masked(b"\x03\xe8\xff", CLOSE), WSCloseCode.INVALID_TEXT),
         (masked(b"", CONTINUATION), WSCloseCode.PROTOCOL_ERROR),
         (masked(b"a", TEXT, last=False) + masked(b"b", TEXT), WSCloseCode.PROTOCOL_ERROR),
         (masked(b"x" * 101, TEXT), WSCloseCode.MESSAGE_TOO_BIG),
