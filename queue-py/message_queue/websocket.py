@@ -30,6 +30,7 @@ PONG: Final = 10
 _KNOWN = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _CONTROL_BYTES = 125
+_NO_MASK: Final = b"\0\0\0\0"
 _CLOSE_WITHIN_S = 1.0
 _CLOSE_CODES: Final = frozenset((*range(1000, 1004), *range(1007, 1015)))
 _FULL_BYTES: Final = 256 * 1024
@@ -89,7 +90,7 @@ class FrameReader:
                 break
             payload = data[start : start + size]
             mask = data[start - 4 : start]
-            if mask != b"\0\0\0\0":
+            if mask != _NO_MASK:
                 payload = _unmasked(payload, mask)
             at = start + size
             opcode = first & 0x0F
@@ -161,6 +162,16 @@ def frame(payload: bytes, opcode: int) -> bytes:
     if size < 65536:
         return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + payload
     return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
+
+
+def dialler_head(size: int, opcode: int) -> bytes:
+    """What precedes `size` bytes of payload in a whole frame from the side that dialled: its mask
+    is of zeros, so that neither side has anything to do with the payload."""
+    if size < 126:
+        return bytes((0x80 | opcode, 0x80 | size)) + _NO_MASK
+    if size < 65536:
+        return bytes((0x80 | opcode, 0xFE)) + size.to_bytes(2, "big") + _NO_MASK
+    return bytes((0x80 | opcode, 0xFF)) + size.to_bytes(8, "big") + _NO_MASK
 
 
 def accept_key(headers: web.BaseRequest) -> str:

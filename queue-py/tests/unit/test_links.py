@@ -15,6 +15,7 @@ from message_queue.core.messages import Canvass, PeerMessage, Soft
 from message_queue.metrics import Metrics
 from message_queue.transport import links as module
 from message_queue.transport.links import LINK_PATH, SECRET_HEADER, Hello, Links
+from message_queue.websocket import BINARY, FrameReader
 from testkit.cluster import free_port
 
 
@@ -283,6 +284,60 @@ async def test_an_outbox_is_bounded_and_keeps_its_order_behind_a_frame_that_wait
     link.lower()
     await link.drained()
     assert not link.put(b"x")
+
+
+class Transport:
+    """Of a connection that has been opened: as full as it is told to be."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.buffered = 0
+        self.closing = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.buffered
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+
+class Writer:
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+
+
+async def test_a_transport_with_room_is_written_to_without_a_detour() -> None:
+    slow, transport = Slow(), Transport()
+    slow._writer = Writer(transport)  # type: ignore[attr-defined]  # as aiohttp's have
+    link = module._Outgoing(Metrics())
+    link.raise_up(slow)  # type: ignore[arg-type]  # a test's connection
+    sizes = (1, 124, 125, 126, 65_534, 65_535, 70_000)
+    for size in sizes:
+        link.put(b"\x05" * size)
+        link.write()
+    reader = FrameReader(1 << 20)
+    (*frames,) = (frame for data in transport.written for frame in reader.feed(data))
+    assert frames == [(BINARY, b"\x91" + b"\x05" * size) for size in sizes]
+    assert slow.frames == []
+    transport.buffered = module.ROOM_BYTES
+    link.put(b"\x01")
+    link.write()
+    transport.buffered = 0
+    link.put(b"\x02")
+    link.write()
+    assert (slow.frames, len(transport.written)) == ([b"\x91\x01"], len(sizes))
+    slow.room.set_result(None)
+    await asyncio.sleep(0)
+    await link.drained()
+    assert reader.feed(transport.written[-1]) == [(BINARY, b"\x91\x02")]
+    transport.closing = True
+    link.put(b"\x03")
+    link.write()
+    assert len(transport.written) == len(sizes) + 1
+    link.lower()
 
 
 async def test_who_meets_a_node_that_has_left_tells_it_so_and_does_not_take_it_for_itself() -> None:
