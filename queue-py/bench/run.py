@@ -32,7 +32,7 @@ from pathlib import Path
 
 from growth import growth
 from peers import PEERS
-from systems import Ours, Session, System, installed
+from systems import Ours, Session, System, cpu_s, installed
 
 BATCH = 100
 FILL_S = 20.0
@@ -95,20 +95,6 @@ async def closed_loop(
 
 def median(values: list[float]) -> float:
     return statistics.median(values) if values else 0.0
-
-
-def cpu_s(pids: list[int]) -> float:
-    """CPU seconds used by processes (0 where that cannot be known)."""
-    if not sys.platform.startswith("linux"):
-        return 0.0
-    used = 0.0
-    for pid in pids:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return used
 
 
 class Bench:

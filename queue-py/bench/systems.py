@@ -149,6 +149,20 @@ class System(ABC):
         self.processes.clear()
 
 
+def cpu_s(pids: list[int]) -> float:
+    """CPU seconds used by processes (0 where that cannot be known)."""
+    if not sys.platform.startswith("linux"):
+        return 0.0
+    used = 0.0
+    for pid in pids:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
 def compiled(root: Path) -> dict[str, str]:
     """The environment of a node of ours: its modules are compiled once, as where it is installed,
     even if this shell forbids that (PYTHONDONTWRITEBYTECODE costs 0.25 s at each start)."""

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from typing import Protocol, assert_never
 
 from message_queue.clocks import monotonic_ms
+from message_queue.core.messages import PeerMessage
+from message_queue.core.operations import NodeMessage
 from message_queue.core.replication.drafts import Accepted, NotOwner
 from message_queue.core.replication.effects import Effects
 from message_queue.core.replication.replicator import Replicator
 from message_queue.hosting import Host
+from message_queue.transport.links import Links
 
+AnyMessage = PeerMessage | NodeMessage
 BATCH_BYTES = 4 << 20
 BATCHES_UNDER_WAY = 2
 """While one is on the disks, the next is taken in. (Measured: DESIGN.md, Speed.)"""
@@ -21,6 +25,7 @@ class Node(Protocol):
     """What is asked of it."""
 
     replicator: Replicator
+    links: Links[AnyMessage]
 
     def cluster_ms(self) -> int:
         """Cluster time."""
@@ -50,12 +55,14 @@ class Proposer:
 
     def _flush(self) -> None:
         hosts, self._hosts = self._hosts, []
-        for host in hosts:
-            if host.gathering.goes_on(host.owner.gathered):
-                self._line_up(host)
-            else:
-                host.flushing = False
-                self._propose(host)
+        # Batches of several partitions leave as one frame a peer.
+        with self._node.links.together():
+            for host in hosts:
+                if host.gathering.goes_on(host.owner.gathered):
+                    self._line_up(host)
+                else:
+                    host.flushing = False
+                    self._propose(host)
 
     def _propose(self, host: Host) -> None:
         node, owner = self._node, host.owner

@@ -16,8 +16,8 @@ import logging
 import random
 import ssl
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -121,6 +121,8 @@ class Links(Generic[M]):
         self._known_ids: dict[int, str] = {me.position: me.node_id}
         self._told: set[str] = set()
         self._incoming: dict[int, WebSocket] = {}
+        self._held: set[_Outgoing] | None = None
+        """Were told something while `together` runs."""
         self._talking: list[_Outgoing] = []
         """Were told something one by one in this turn of the loop."""
         self._session: aiohttp.ClientSession | None = None
@@ -163,8 +165,25 @@ class Links(Generic[M]):
                 self._metrics.peer_messages_dropped += 1
             elif link not in touched:
                 touched.append(link)
+        if self._held is not None:
+            self._held.update(touched)
+            return
         for link in touched:
             link.write()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What several steps send leaves as one frame a peer, when the body has run."""
+        if self._held is not None:
+            yield
+            return
+        held = self._held = set()
+        try:
+            yield
+        finally:
+            self._held = None
+            for link in held:
+                link.write()
 
     def _flush(self) -> None:
         talking, self._talking = self._talking, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 from message_queue.core.replication.drafts import Accepted
@@ -48,7 +49,7 @@ class Node:
     """Stores at once whatever comes, and tells nobody."""
 
     def __init__(self) -> None:
-        self.replicator = self
+        self.replicator = self.links = self
         self.batches: list[int] = []
         self.last = 0
 
@@ -61,6 +62,9 @@ class Node:
         return Accepted(64, first, Effects())
 
     def apply(self, _: Effects) -> None: ...
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 async def test_two_batches_are_under_way_and_the_rest_gathers_until_one_is_stored() -> None:

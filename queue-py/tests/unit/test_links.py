@@ -118,6 +118,18 @@ async def test_one_message_to_several_peers_is_encoded_once_and_announced_addres
         assert b.received() == [message, message]
 
 
+async def test_what_several_steps_send_together_leaves_as_one_frame() -> None:
+    async with pair() as (a, b):
+        await until(lambda: a.up)
+        with a.links.together():
+            a.links.send_all([(1, Soft(0, 64, b"x"))])
+            with a.links.together():
+                a.links.send_all([(1, Soft(1, 64, b"y")), (1, Soft(2, 64, b"z"))])
+        a.links.send_all([(1, Soft(3, 64, b"alone"))])
+        await until(lambda: len(b.received()) == 4)
+        assert [[m.partition for m in batch] for _, _, batch in b.frames] == [[0, 1, 2], [3]]  # type: ignore[union-attr]
+
+
 async def test_what_is_sent_to_a_peer_that_is_away_is_dropped() -> None:
     ports = [free_port(), free_port()]
     alone = Side(0, ports)
