@@ -5,6 +5,10 @@ For every bug: copy the service and testkit to a temporary folder, replace `old`
 run the tests under `catch`; at least one of them must fail. First the same tests run on a clean
 copy, where all must pass: a test that always fails catches nothing.
 
+A run that hangs, or a test that pytest-timeout ends, has noticed something too, but names nothing:
+such rows are marked HUNG and counted apart. Rows that took longer than a minute are named at the
+end: they want a test of their own.
+
 Exit code 0 if every bug was caught; 1 if one survived or its patch no longer applies.
 """
 
@@ -28,6 +32,7 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 TIMEOUT_S: Final = 300.0
+SLOW_S: Final = 60.0
 IGNORED: Final = shutil.ignore_patterns("__pycache__", "data", ".*", "*.log", "node_modules")
 _FAILED: Final = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?", re.MULTILINE)
 
@@ -54,6 +59,15 @@ class Bite:
     by: str
     seconds: float
     output: str = ""
+    hung: bool = False
+    """Nothing failed by itself: it took too long."""
+
+    @property
+    def verdict(self) -> str:
+        """For the table."""
+        if not self.caught:
+            return "SURVIVED"
+        return f"HUNG: {self.by}" if self.hung else self.by
 
 
 class TeethError(Exception):
@@ -140,14 +154,14 @@ def bite(service: Path, bug: Bug) -> Bite:
         code, output = _pytest(folder, bug.catch, bug.env)
     took_s = time.monotonic() - began
     if code == -1:
-        return Bite(bug, True, "a hang", took_s, output)
+        return Bite(bug, True, f"no end within {TIMEOUT_S:.0f} s", took_s, output, hung=True)
     failed = _FAILED.search(output)
     # Code 1 is "tests failed"; 2 and up are pytest's own troubles (no such test, broken import).
     by = ""
     if failed is not None:
         by = failed[1].removeprefix(service.name + "/").replace("::", " ", 1)
         by += f": {failed[2].partition(': ')[2] or failed[2]}"[:100] if failed[2] else ""
-    return Bite(bug, code == 1, by, took_s, output)
+    return Bite(bug, code == 1, by, took_s, output, hung="from pytest-timeout" in output)
 
 
 def check_clean(service: Path, bugs: Sequence[Bug]) -> str:
@@ -177,18 +191,28 @@ def run(service: Path, only: Sequence[str] = (), workers: int = 2) -> int:
     if broken:
         print(f"the tests fail without any bug:\n{broken}")
         return 1
-    survivors = []
+    bites = []
     width = max((len(bug.id) for bug in bugs), default=0)
     print(f"{'planted bug':<{width}}  seconds  caught by")
     with ThreadPoolExecutor(workers) as pool:
         for bitten in pool.map(lambda bug: bite(service, bug), bugs):
-            verdict = bitten.by if bitten.caught else "SURVIVED"
-            print(f"{bitten.bug.id:<{width}}  {bitten.seconds:5.1f} s  {verdict}", flush=True)
-            if not bitten.caught:
-                survivors.append(bitten)
+            bites.append(bitten)
+            print(
+                f"{bitten.bug.id:<{width}}  {bitten.seconds:5.1f} s  {bitten.verdict}", flush=True
+            )
+    return _summary(bites)
+
+
+def _summary(bites: Sequence[Bite]) -> int:
+    """What the table says as a whole; the exit code."""
+    survivors = [bitten for bitten in bites if not bitten.caught]
     for bitten in survivors:
         print(f"\n{bitten.bug.id} survived: {bitten.bug.why}\n{bitten.output[-2000:]}")
-    print(f"\n{len(bugs) - len(survivors)} of {len(bugs)} planted bugs caught")
+    print(f"\n{len(bites) - len(survivors)} of {len(bites)} planted bugs caught")
+    if hung := [bitten.bug.id for bitten in bites if bitten.caught and bitten.hung]:
+        print(f"{len(hung)} of these only by taking too long: {', '.join(hung)}")
+    if slow := [bitten.bug.id for bitten in bites if bitten.seconds > SLOW_S]:
+        print(f"longer than {SLOW_S:.0f} s: {', '.join(slow)}")
     return 1 if survivors else 0
 
 

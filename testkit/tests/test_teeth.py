@@ -53,6 +53,25 @@ def test_a_bug_is_caught_or_told_to_have_survived(
     assert "a + b" in (service / "toy" / "sums.py").read_text(), "the original is never touched"
 
 
+def test_a_hang_is_said_and_counted_apart(
+    service: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (service / "tests" / "test_sums.py").open("a") as tests:
+        tests.write(
+            "import pytest, time\n"
+            "@pytest.mark.timeout(1)\n"
+            "def test_slow():\n"
+            "    while add(1, 2) != 3: time.sleep(0.01)\n"
+        )
+    table(service, {**MINUS, "test": "test_slow"})
+    monkeypatch.setattr(teeth, "SLOW_S", 0.0)
+    assert teeth.run(service) == 0
+    printed = capsys.readouterr().out
+    assert "s  HUNG: tests/test_sums.py test_slow" in printed
+    assert "1 of 1 planted bugs caught\n1 of these only by taking too long: minus\n" in printed
+    assert "longer than 0 s: minus" in printed
+
+
 def test_one_bug_can_be_asked_for(service: Path) -> None:
     table(service, MINUS, {**MINUS, "id": "blind", "test": "test_zero"})
     assert teeth.run(service, ["minus"]) == 0
