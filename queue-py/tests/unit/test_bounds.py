@@ -10,6 +10,7 @@ import pytest
 from message_queue.core.delivery.backlog import Card
 from message_queue.core.delivery.invariants import check
 from message_queue.core.delivery.lots import Lot, Taken
+from message_queue.core.delivery.model import Verdict
 from message_queue.core.delivery.parcels import Parcels
 from message_queue.core.delivery.partition import PartitionDelivery
 from message_queue.core.delivery.stored import MessageMeta
@@ -72,6 +73,43 @@ def test_one_message_is_delivered_however_large() -> None:
         assert dots(sut.take("q", 10, 60_000, 0)) == [dot]
 
 
+def test_a_lease_that_is_extended_for_hours_leaves_no_timers_behind() -> None:
+    sut = PartitionDelivery(3)
+    for n in range(1, 6):
+        sut.put_run(pack_dot(3, n), MessageMeta("q", 0, 0, expires_ms=99_999_999), [b""], True, 0)
+    taken = dots(sut.take("q", 3, 1_000, 0))
+    for now in range(10_000):
+        assert sut.extend(taken[now % 3], None, 30_000_000, now) is Verdict.DONE
+    assert len(sut.timers()) < 2_000
+    check(sut)
+    sut.tick(30_000_000 + 9_999)
+    check(sut)
+    assert sorted(dots(sut.take("q", 9, 1_000, 40_000_000))) == [
+        pack_dot(3, n) for n in range(1, 6)
+    ]
+    sut.tick(99_999_999)
+    assert not sut.drain()[0]
+
+
+def test_a_group_forgets_those_that_left_behind_a_head_that_stays() -> None:
+    sut = PartitionDelivery(3)
+    sut.put_run(
+        pack_dot(3, 1), MessageMeta("q", 0, 0, group="g", ready_at_ms=1 << 40), [b""], True, 0
+    )
+    kept = pack_dot(3, 2)
+    sut.put_run(kept, MessageMeta("q", 0, 0, group="g"), [b""], True, 0)
+    for n in range(3, 800):
+        dot = pack_dot(3, n)
+        sut.put_run(dot, MessageMeta("q", 0, 0, group="g"), [b""], True, 0)
+        assert sut.settle(dot, None) is Verdict.DONE
+        sut.gone(dot, 0)
+    check(sut)
+    assert len(sut._queues["q"].groups["g"].behind) < 200
+    sut.settle(pack_dot(3, 1), None)
+    sut.gone(pack_dot(3, 1), 0)
+    assert dots(sut.take("q", 9, 1_000, 0)) == [kept]
+
+
 @pytest.mark.parametrize("headers", [None, bytes(1000)])
 @pytest.mark.parametrize("together", [1, 100])
 def test_what_waits_in_memory_is_counted_with_all_that_hangs_on_it(
@@ -79,7 +117,7 @@ def test_what_waits_in_memory_is_counted_with_all_that_hangs_on_it(
 ) -> None:
     tracemalloc.start()
     parcels = Parcels()
-    for n in range(0, 3000, together):
+    for n in range(0, 1000, together):
         own = headers + b"%d" % n if headers is not None else None
         meta = MessageMeta("q", 1_000_000 + n, 1_000_000 + n, headers=own)
         parcels.add(pack_dot(3, n + 1), meta, [b"body %d" % (n + k) for k in range(together)])

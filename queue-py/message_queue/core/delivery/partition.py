@@ -150,7 +150,7 @@ class PartitionDelivery(Turns):
         if not queue.held and len(self._queues) > MAX_IDLE_QUEUES:
             queue.used = False
             self._drop_if_idle(queue)
-        self._timers.trim(self.entries, self.lots, count=len(self.entries) + self.lots.count)
+        self._trim_timers()
 
     def restore_lease(self, lease: Lease, now_ms: int) -> None:
         """At takeover: the previous owner had delivered this message, or these."""
@@ -330,6 +330,7 @@ class PartitionDelivery(Turns):
         if visibility_ms == 0:
             return self.nack(dot, receipt, 0, now_ms)
         self._lease_until(self._queues[entry.queue], entry, now_ms + visibility_ms)
+        self._trim_timers()
         return Verdict.DONE
 
     def ready_only(self, dots: Iterable[int]) -> set[int]:
@@ -423,10 +424,12 @@ class PartitionDelivery(Turns):
         """A member of a group left: if it was the head, the next one's turn comes."""
         group = queue.groups[name]
         if group.head is not left:
+            group.lost_one()
             return
         while group.behind:
             head = group.behind.popleft()
             if head.state is State.GONE:
+                group.gone -= 1
                 continue
             group.head = head
             if head.state is State.SETTLING:

@@ -41,11 +41,20 @@ class QueueView(NamedTuple):
 class Group:
     """The members of one group in order; `head` is the only one that may be delivered."""
 
-    __slots__ = ("behind", "head")
+    __slots__ = ("behind", "gone", "head")
 
     def __init__(self) -> None:
         self.head: Entry | None = None
         self.behind: deque[Entry] = deque()
+        self.gone = 0
+        """Of these, left before their turn came."""
+
+    def lost_one(self) -> None:
+        """One that waits behind the head is gone. A head may stay for months: amortised O(1)."""
+        self.gone += 1
+        if self.gone > len(self.behind) // 2 + 64:
+            self.behind = deque(e for e in self.behind if e.state is not State.GONE)
+            self.gone = 0
 
 
 class Queue:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 
 
@@ -28,12 +28,15 @@ class Timers:
             return heappop(self._heap)[1]
         return None
 
-    def trim(self, *held: Container[int], count: int) -> None:
-        """Drop timers of what is held nowhere, once 3/4 of all must be. Amortised O(1)."""
-        if len(self._heap) > 4 * count + 1024:
-            kept = {item for item in self._heap if any(item[1] in place for place in held)}
-            self._heap = list(kept)
-            heapify(self._heap)
+    def crowded(self, count: int) -> bool:
+        """Whether most of them must be stale, if `count` things are held, with two moments each at
+        most: time to `replace` them, which then is O(1) amortised."""
+        return len(self._heap) > 4 * count + 1024
+
+    def replace(self, moments: Iterable[tuple[int, int]]) -> None:
+        """These are all that matter. O(moments)."""
+        self._heap = list(moments)
+        heapify(self._heap)
 
     def all(self) -> list[tuple[int, int]]:
         """Every one, stale ones too."""

@@ -141,6 +141,21 @@ class Turns(Stock):
             room_bytes -= entry.body_bytes
         return taken
 
+    def _trim_timers(self) -> None:
+        """Who extends a lease leaves the old moment's timer behind."""
+        if self._timers.crowded(len(self.entries) + self.lots.count):
+            self._timers.replace(self._moments())
+
+    def _moments(self) -> Iterator[tuple[int, int]]:
+        """What `Stock` says there is a timer for. One that is SETTLING may be refused its end."""
+        for entry in self.entries.values():
+            if entry.state is State.DELAYED or entry.state is State.LEASED:
+                yield entry.due_ms, entry.dot
+            if expires_ms := self._queues[entry.queue].expires_ms(entry):
+                yield expires_ms, entry.dot
+        for lot in self.lots:
+            yield lot.due_ms, lot.first
+
     def _lease_drawn(self, queue: Queue, drawn: list[Lot], now_ms: int, due_ms: int) -> int:
         """Messages straight from the backlog are leased: READY and LEASED in the same moment. How
         many they are."""
