@@ -48,7 +48,8 @@ class Session(ABC):
 
     @abstractmethod
     async def take(self, most: int, wait_s: float) -> list[bytes]:
-        """Fetch up to `most` messages and ack them; as soon as there is one. What is returned is
+        """Fetch up to `most` messages (more, if that is how they come) and ack them; as soon as
+        there is one. What is returned is
         acked, and its ack confirmed where the system confirms acks at all: see `Acks`. [] after
         the wait, or while only acks that are on their way keep this from returning any."""
 
@@ -296,7 +297,7 @@ class _StreamSession(Session):
             return []
         self.arrived_s = time.perf_counter()
         receipt, messages = stream.deliveries.popleft()
-        if len(messages) > most:
+        if len(messages) > most and (most == 1 or receipt is None):
             stream.deliveries.appendleft((None, messages[most:]))
             receipt, messages = None, messages[:most]
         if len(messages) == 1:
@@ -324,6 +325,7 @@ class _HttpSession(Session):
     def __init__(self, client: LeanClient, queue: bytes) -> None:
         self.client = client
         self.queue = queue
+        self._held: list[dict[str, str]] = []
 
     async def produce(self, body: bytes) -> None:
         text = b'{"queue":"%b","body":"%b"}' % (self.queue, body)
@@ -337,16 +339,22 @@ class _HttpSession(Session):
         assert status == 201, (status, answer)
 
     async def take(self, most: int, wait_s: float) -> list[bytes]:
-        path = b"/consume?queue=%b&max=%d&wait_ms=%d" % (self.queue, most, int(wait_s * 1000))
-        status, text = await self.client.get(path)
-        if status == 204:
+        if not self._held:
+            path = b"/consume?queue=%b&max=%d&wait_ms=%d" % (self.queue, most, int(wait_s * 1000))
+            self._keep(*await self.client.get(path))
+        if not self._held:
             return []
+        taken = self._held
+        # One request settles these and fetches what is ready behind them.
+        settle = {"message_ids": [m["id"] for m in taken],
+                  "next": {"queue": self.queue.decode(), "max": most}}  # fmt: skip
+        self._keep(*await self.client.post(b"/ack", json.dumps(settle).encode()))
+        return [message["body"].encode() for message in taken]
+
+    def _keep(self, status: int, text: bytes) -> None:
+        assert status in (200, 204), (status, text)
+        self._held = json.loads(text)["messages"] if status == 200 else []
         self.arrived_s = time.perf_counter()
-        messages = json.loads(text)["messages"]
-        ids = json.dumps({"message_ids": [m["id"] for m in messages]}).encode()
-        status, text = await self.client.post(b"/ack", ids)
-        assert status == 200, (status, text)
-        return [message["body"].encode() for message in messages]
 
     def close(self) -> None:
         self.client.close()

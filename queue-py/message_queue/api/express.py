@@ -44,7 +44,7 @@ from message_queue.api.requests import (
     produce_of,
 )
 from message_queue.api.schemas import AckBody, ConsumeQuery, NextBody
-from message_queue.core.ids import parse_id
+from message_queue.core.ids import parse_ids
 from message_queue.core.operations import Answer, Consume, Settle, results_decoder
 from message_queue.core.placement.ring import PARTITIONS
 from message_queue.metrics import Metrics
@@ -321,8 +321,7 @@ class _Acking:
         """Ask the owners. Raises what the service raises."""
         receipt = self._asked.receipt
         by_partition: dict[int, tuple[list[int], list[int]]] = {}
-        for place, text in enumerate(self._ids):
-            name = parse_id(text)
+        for place, name in enumerate(parse_ids(self._ids)):
             if name is not None and name.partition < PARTITIONS:
                 places, dots = by_partition.setdefault(name.partition, ([], []))
                 places.append(place)
