@@ -35,12 +35,17 @@ log = logging.getLogger(__name__)
 BURY_NOTE = "note/dead/"
 REDRIVE_NOTE = "note/redrive/"
 _RETRY_S = (0.1, 5.0)
-_AT_ONCE = 100
+"""How long a move pauses that was refused: at first, and at most when the same refusal (a full
+queue, a full disk) comes again and again. One without an owner has waited for one already."""
+_AT_ONCE = 300
+"""Letters of a batch: two syncs one after the other each, so thousands in small batches would take
+a busy machine long."""
 _BYTES_AT_ONCE = 1 << 20
 _ANSWER_WITHIN_S = 1.2
 """A redrive that takes longer goes on after its answer."""
 _SKIPPED_MOST = 10_000
 """Messages in a dead letter queue that are not for this redrive, beyond which it ends."""
+_STORED = (200, 201)
 _json = msgspec.json.Encoder()
 
 
@@ -127,22 +132,23 @@ class Mover:
                 break
             if not noted:
                 noted = await host.keep_note(key, note)
-            elif await self._store_letters(target, left):
+            elif (status := await self._store_letters(target, left)) in _STORED:
                 host.metrics.dead_lettered += len(left)
                 host.owner.remove([entry.dot for entry in left], key)
                 host.after()
                 return
             await asyncio.sleep(retry_s)
-            retry_s = min(retry_s * 2, _RETRY_S[1])
+            retry_s = next_pause_s(retry_s, status if noted else 503)
         if not host.ended:
             host.owner.keep_note(0, key, b"")
             host.after()
 
-    async def _store_letters(self, target: str, entries: Sequence[Entry]) -> bool:
+    async def _store_letters(self, target: str, entries: Sequence[Entry]) -> int:
+        """The status; 0: they cannot be read here just now."""
         host = self._host
         bodies = await host.reader.bodies(entries)
         if bodies is None:
-            return False
+            return 0
         letters = []
         for entry, body in zip(entries, bodies, strict=True):
             source_id = message_id(host.partition, entry.dot)
@@ -156,10 +162,10 @@ class Mover:
                 )
             )
         answer = await host.around.ask(Produce(target, tuple(letters), batch=True))
-        if answer.status not in (200, 201):
+        if answer.status not in _STORED:
             log.warning("%d dead letters not stored at %s yet: %d", len(letters), target,
                         answer.status)  # fmt: skip
-        return answer.status in (200, 201)
+        return answer.status
 
     # ── and back ────────────────────────────────────────────────────────────────────────────────
 
@@ -209,17 +215,16 @@ class Mover:
         done: asyncio.Future[None] | None,
     ) -> None:
         host = self._host
-        retry_s = _RETRY_S[0]
         skipped: set[int] = set()
         while not host.ended and (task.most is None or progress.moved < task.most):
             moved = await self._next_letters(queue, task, progress, skipped)
             if moved is None:
                 break
             if moved:
-                retry_s = _RETRY_S[0]
+                progress.pause_s = _RETRY_S[0]
                 continue
-            await asyncio.sleep(retry_s)
-            retry_s = min(retry_s * 2, _RETRY_S[1])
+            await asyncio.sleep(progress.pause_s)
+            progress.pause_s = next_pause_s(progress.pause_s, progress.refused)
         if not host.ended:
             await host.keep_note(REDRIVE_NOTE + queue, b"")
             self.redriving.discard(queue)
@@ -281,7 +286,8 @@ class Mover:
         try:
             messages = tuple(message for _, message in taken)
             answer = await host.around.ask(Produce(source, messages, batch=True))
-            stored = answer.status in (200, 201)
+            stored = answer.status in _STORED
+            progress.refused = 0 if stored else answer.status
         finally:
             if not host.ended:
                 if stored:
@@ -299,6 +305,14 @@ class _Progress:
 
     def __init__(self) -> None:
         self.moved = 0
+        self.refused = 0
+        """The status of what was refused last."""
+        self.pause_s = _RETRY_S[0]
+
+
+def next_pause_s(pause_s: float, status: int) -> float:
+    """Of a move that was refused with that status, after that pause."""
+    return _RETRY_S[0] if status == 503 else min(pause_s * 2, _RETRY_S[1])
 
 
 def _together(entries: Iterable[Entry], queue: str) -> list[Entry]:
