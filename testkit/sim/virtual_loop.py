@@ -95,6 +95,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._rng = rng
         self._executor_ms = executor_ms
         self.turns = 0
+        self.failures: list[Mapping[str, Any]] = []
+        """What nobody caught: it ends the run."""
+        self.set_exception_handler(lambda _, context: self.failures.append(context))
         self.each_turn: Callable[[], None] = lambda: None
         """Called after every turn: invariants."""
         self._kept: list[asyncio.Task[Any]] = []
@@ -180,6 +183,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 continue
             handle._run()
         self.turns += 1
+        if self.failures:
+            failure = self.failures.pop()
+            raise failure.get("exception") or AssertionError(str(failure))
         self.each_turn()
 
 
@@ -194,16 +200,11 @@ def _fail(done: asyncio.Future[Any], error: Exception) -> None:
 
 
 def run_virtually(main: Callable[[VirtualLoop], Coroutine[Any, Any, T]], rng: Random) -> T:
-    """Run `main(loop)` to its end on a loop of its own; an error that no task took is raised."""
+    """Run `main(loop)` to its end on a loop of its own; an error that nobody caught is raised."""
     loop = VirtualLoop(rng)
-    failures: list[Mapping[str, Any]] = []
-    loop.set_exception_handler(lambda _, context: failures.append(context))
     try:
-        result = loop.run_until_complete(main(loop))
+        return loop.run_until_complete(main(loop))
     finally:
         loop.each_turn = lambda: None
         loop.bury()
         loop.close()
-    for failure in failures:
-        raise failure.get("exception") or AssertionError(str(failure))
-    return result

@@ -50,6 +50,7 @@ class Links:
         self._machine = machine
         self.up: dict[int, int] = {}
         """Position -> which connection this is."""
+        self._gathered: list[tuple[int, AnyMessage]] | None = None
 
     @property
     def connected(self) -> frozenset[int]:
@@ -61,7 +62,20 @@ class Links:
         self._cluster.post(self._machine, position, [message])
         return True
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        if self._gathered is not None:
+            yield
+            return
+        self._gathered = []
+        yield
+        gathered, self._gathered = self._gathered, None
+        self.send_all(gathered)
+
     def send_all(self, messages: Sequence[tuple[int, AnyMessage]]) -> None:
+        if self._gathered is not None:
+            self._gathered += messages
+            return
         frames: dict[int, list[AnyMessage]] = {}
         for position, message in messages:
             if position in self.up:

@@ -46,6 +46,14 @@ def test_a_large_take_across_runs_gives_each_message_its_own_body() -> None:
     assert take(sut, 3 * RUN) == [*range(1, 41), *range(50, 70)]
 
 
+def test_a_parcel_is_taken_in_parts_and_each_message_keeps_its_own_body() -> None:
+    sut = PartitionDelivery(3)
+    store(sut, 1, count=3 * RUN)
+    assert take(sut, 17) == list(range(1, 18))
+    assert take(sut, 25) == list(range(18, 43))
+    assert take(sut, 2 * RUN) == list(range(43, 61))
+
+
 def test_what_comes_back_among_the_waiting_keeps_its_place_also_for_who_takes_one() -> None:
     """Fewer than are drawn from the backlog at once: these are called into the line."""
     sut = PartitionDelivery(3)
