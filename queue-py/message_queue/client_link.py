@@ -179,7 +179,7 @@ class Link:
         try:
             return await pending.answered
         finally:
-            del self._pending[cid]
+            self._pending.pop(cid, None)
 
     def say(self, item: bytes) -> None:
         """Send an item that is not asked again; nothing happens without a connection."""
@@ -258,7 +258,9 @@ class Link:
             elif item.subscription is not None:
                 log.info("subscription %d waits: %s", item.subscription, bytes(item.body).decode())
             elif item.cid is not None:
-                pending = self._pending.get(item.cid)
+                # Out with it now: its caller resumes later, and what that one asks next must not
+                # wait for company of those who are answered already.
+                pending = self._pending.pop(item.cid, None)
                 reply = Reply(item.status, msgspec.json.decode(item.body, type=dict[str, Any]))
                 if pending is None:
                     self._on_answer(item.cid, reply)

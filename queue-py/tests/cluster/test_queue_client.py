@@ -139,6 +139,21 @@ async def test_a_lone_call_waits_for_no_company(
             await q.produce("lone", n)
 
 
+async def test_who_was_answered_together_waits_for_no_company(
+    q: QueueClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of them to go on finds the others answered, though they have not gone on yet."""
+    await q.produce("rounds", 0)
+    monkeypatch.setattr(client_link, "LINGER_S", 600.0)
+
+    async def worker(number: int) -> None:
+        for n in range(5):
+            await q.produce("rounds", [number, n])
+
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(worker(number) for number in range(8)))
+
+
 async def test_what_is_refused_says_why(q: QueueClient) -> None:
     with pytest.raises(Refused) as refused:
         await q.produce("q" * 300, 1)
