@@ -117,7 +117,7 @@ class Mover:
         host = self._host
         delivery = host.owner.delivery
         key = BURY_NOTE + queue
-        retry_s = _RETRY_S[0]
+        retry_s, status = _RETRY_S[0], 503
         note = _msgpack.encode(Burying(tuple((e.dot, e.attempt) for e in batch)))
         noted = await host.keep_note(key, note)
         # A consumer that was too slow may still ack one: then it is no dead letter.
@@ -138,7 +138,7 @@ class Mover:
                 host.after()
                 return
             await asyncio.sleep(retry_s)
-            retry_s = next_pause_s(retry_s, status if noted else 503)
+            retry_s = next_pause_s(retry_s, status)
         if not host.ended:
             host.owner.keep_note(0, key, b"")
             host.after()

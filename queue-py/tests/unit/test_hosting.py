@@ -431,6 +431,24 @@ async def test_a_redrive_cut_short_by_a_failover_is_finished_by_the_next_owner(
     assert host.owner.delivery.length("s.dead") == 0
 
 
+async def test_letters_whose_note_could_not_be_kept_at_once_are_moved_all_the_same(
+    house: House,
+) -> None:
+    await fill(house, "s", 2)
+    host = await house.host("s")
+    keeps, failed = host.keep_note, 0
+
+    async def fails_once(key: str, value: bytes) -> bool:
+        nonlocal failed
+        failed += 1
+        return failed > 1 and await keeps(key, value)
+
+    host.keep_note = fails_once  # type: ignore[method-assign]  # no quorum for a moment
+    await exhaust(house, "s", 2)
+    await until(lambda: length(house, "s.dead") == 2)
+    assert length(house, "s") == 0
+
+
 async def test_a_full_dead_letter_queue_keeps_no_other_queue_waiting(house: House) -> None:
     other = next(name for n in range(999) if partition_of(name := f"o{n}") == partition_of("s"))
     house.refuse = lambda op: (
