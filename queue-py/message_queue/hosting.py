@@ -42,7 +42,7 @@ from message_queue.dead_letters import Mover
 from message_queue.gathering import Gathering
 from message_queue.memory import MessageMemory
 from message_queue.metrics import Metrics
-from message_queue.reading import Reader
+from message_queue.reading import ReadAhead, Reader
 from message_queue.storage.log import Trouble
 from message_queue.storage.store import Store
 
@@ -140,6 +140,7 @@ class Host:
         self.metrics = metrics
         self.mover = Mover(self)
         self.reader = Reader(owner, store, around.report_damage)
+        self._ahead = ReadAhead(self.reader, around.memory, around.spawn)
         self._loop = asyncio.get_running_loop()
         self._token = 0
         self._asked: dict[int, tuple[Done, float]] = {}
@@ -219,6 +220,10 @@ class Host:
     async def consume(self, op: Consume) -> Delivered | None:
         """Lease and render. Cancelling leaves nothing leased. None: not the owner any more."""
         delivery = self.owner.delivery
+        if op.most > 1 and not delivery.at_hand(op.queue):
+            await self._ahead.wait(op.queue)
+            if self.ended or not self.around.may_serve(self.partition):
+                return None
         taken = delivery.take(op.queue, op.most, op.visibility_ms, self.around.cluster_ms())
         self.after()
         if not taken:
@@ -245,7 +250,7 @@ class Host:
     def consume_now(self, op: Consume) -> Delivered | None:
         """What can be leased without waiting for anything; None: nothing was done. Not tried while
         bodies come from disk: there it would be in vain."""
-        if not self.reader.at_hand:
+        if not (self.reader.at_hand and self.owner.delivery.at_hand(op.queue)):
             return None
         taken = self.owner.delivery.take(
             op.queue, op.most, op.visibility_ms, self.around.cluster_ms()
@@ -277,6 +282,8 @@ class Host:
         self.metrics.delivered += count
         again = [last - first + 1 for first, last, name in spans if name.attempt > 1]
         self.metrics.redelivered += sum(again)
+        if count > 1:
+            self._ahead.soon(op.queue)
         answer = Answer(200, body, messages=count, receipt=receipt)
         return Delivered(answer, lambda: self._release(spans))
 

@@ -198,6 +198,32 @@ class DeliveryMachine(RuleBasedStateMachine):
         expected = [m.dot for m in self.model.order(queue)][:most]
         assert [e.dot for e in self.sut.browse(queue, most)] == expected
 
+    @rule(queue=st.sampled_from(QUEUES), most=st.sampled_from([3, 40]), late=st.booleans())
+    def read_ahead(self, queue: str, most: int, late: bool) -> None:
+        """Bodies of what waits on disk come into memory, or come too late."""
+        head = self.sut.head(queue)
+        if head is None:
+            return
+        priority, dot, _ = head
+        line = [m.dot for m in self.model.order(queue) if m.priority == priority and m.dot >= dot]
+        found: list[int] = []
+        for first, last in self.sut.behind(queue, priority, dot - 1, most):
+            found += range(first, last + 1)
+            if self.sut.parcels.holding(first) is not None:
+                continue
+            meta = MessageMeta(queue, self.shelf.cards[first].enqueued_ms, 7, priority=priority)
+            if late:
+                self.take(queue, 17, 5)
+            waits = all(self.sut.card(n) is not None for n in range(first, last + 1))
+            filled = self.sut.fill(
+                queue, first, meta, [b"%d" % (n % 10) for n in range(first, last + 1)]
+            )
+            assert waits
+            assert filled or late
+            if late:
+                return
+        assert found == [n for n in line if n in set(found)][:most]
+
     @rule(step=st.integers(1, 12))
     def pass_time(self, step: int) -> None:
         # One millisecond at a time, as the model knows no order within a longer stretch.

@@ -180,6 +180,21 @@ class Backlog:
         level = self._levels[priority]
         return [pack_dot(*dot) for dot in level.first(most)] if level is not None else []
 
+    def after(self, priority: int, dot: int, most: int) -> list[tuple[int, int]]:
+        """Up to `most` messages of a priority behind a dot, in order; they stay: (first, last) of
+        spans, none across a chunk."""
+        level = self._levels[priority]
+        if level is None:
+            return []
+        spans = level.after(*unpack_dot(dot), most)
+        return [(pack_dot(epoch, first), pack_dot(epoch, last)) for epoch, first, last in spans]
+
+    def covers(self, priority: int, first: int, last: int) -> bool:
+        """Whether all of these wait here."""
+        level = self._levels[priority]
+        epoch, low = unpack_dot(first)
+        return level is not None and level.covers(epoch, low, unpack_dot(last)[1])
+
     def head(self) -> tuple[int, int] | None:
         """(priority, dot) of the next in line; O(1) while it stays the same."""
         if self._head is None and self.count:

@@ -15,10 +15,10 @@ from msgspec.structs import replace
 from message_queue.core.delivery.backlog import Card, Purged, Shelf
 from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.lots import LOT_BYTES, Lot, Lots, pieces, singles
-from message_queue.core.delivery.model import Counts, Entry
+from message_queue.core.delivery.model import PRIORITIES, Counts, Entry
 from message_queue.core.delivery.parcels import SLOT_BYTES, Parcel, Parcels
 from message_queue.core.delivery.queues import Queue, QueueBook
-from message_queue.core.delivery.stored import MessageMeta
+from message_queue.core.delivery.stored import MessageMeta, waits_for_nothing
 from message_queue.core.delivery.timers import Timers
 from message_queue.core.replication.dots import DotSet
 
@@ -264,6 +264,56 @@ class Stock(QueueBook):
         queue = self._queues.get(queue_name)
         found = queue.line.browse(RECALLED_AT_LEAST) if queue is not None else []
         return [entry for entry in found if entry.body is None]
+
+    def at_hand(self, queue_name: str) -> bool:
+        """Whether the body of the message whose turn it is is in memory."""
+        queue = self._queues.get(queue_name)
+        if queue is None:
+            return True
+        entry, head = queue.line.peek(), queue.backlog.head()
+        if head is None or (entry is not None and before(entry, head)):
+            return entry is None or entry.body is not None
+        return self.parcels.holding(head[1]) is not None
+
+    def head(self, queue_name: str) -> tuple[int, int, int] | None:
+        """(priority, dot, mean body size) of a backlog: where it begins."""
+        queue = self._queues.get(queue_name)
+        head = queue.backlog.head() if queue is not None else None
+        if queue is None or head is None:
+            return None
+        return *head, queue.backlog.bytes // queue.backlog.count
+
+    def behind(self, queue_name: str, priority: int, dot: int, most: int) -> list[tuple[int, int]]:
+        """Up to `most` messages of a backlog behind a dot: (first, last) of those that lie
+        together, in a parcel or on disk."""
+        queue = self._queues.get(queue_name)
+        found: list[tuple[int, int]] = []
+        for first, last in queue.backlog.after(priority, dot, most) if queue is not None else ():
+            while first <= last:
+                parcel = self.parcels.holding(first)
+                end = (
+                    parcel.first + len(parcel.bodies) if parcel else self.parcels.next_first(first)
+                )
+                found.append((first, min(last, end - 1)))
+                first = end
+        return found
+
+    def fill(self, queue_name: str, first: int, meta: MessageMeta, bodies: list[bytes]) -> bool:
+        """The bodies of messages that wait, which follow each other within a chunk, were read from
+        disk: they are kept if all of them still wait, and lie nowhere else."""
+        queue, last = self._queues.get(queue_name), first + len(bodies) - 1
+        if (
+            queue is None
+            or meta.queue != queue_name
+            or not waits_for_nothing(meta)
+            or not 0 <= meta.priority < PRIORITIES
+            or not queue.backlog.covers(meta.priority, first, last)
+            or self.parcels.holding(first) is not None
+            or self.parcels.next_first(first) <= last
+        ):
+            return False
+        self.parcels.add(first, meta, bodies)
+        return True
 
     def attach(self, entry: Entry, body: bytes) -> None:
         """A body was read ahead of its delivery."""

@@ -184,6 +184,23 @@ class DotSet:
                     return found
         return found
 
+    def after(self, epoch: int, seq: int, most: int) -> list[Span]:
+        """Up to ``most`` of the smallest dots behind one: as spans, in order. O(chunks)."""
+        found: list[Span] = []
+        for e in sorted(at for at in self._epochs if at >= epoch):
+            low = seq + 1 if e == epoch else 0
+            chunks = self._epochs[e]
+            for number in sorted(number for number in chunks if number >= low >> 10):
+                base = number << 10
+                bits = chunks[number] & ~((1 << max(0, low - base)) - 1)
+                for _, first, last in runs_in(e, base, bits):
+                    last = min(last, first + most - 1)
+                    found.append((e, first, last))
+                    most -= last - first + 1
+                    if not most:
+                        return found
+        return found
+
     def take_first(self, most: int, below: tuple[int, int] | None = None) -> list[Span]:
         """Take out up to ``most`` of the smallest dots, only those smaller than ``below``: as
         spans, in order."""

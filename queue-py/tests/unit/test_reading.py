@@ -1,0 +1,51 @@
+"""What lies on disk comes into memory before its turn, as far as there is room."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest_asyncio
+
+from message_queue.core.operations import (
+    Consume,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from queue_house import House, consume, fill, until
+
+
+@pytest_asyncio.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    house = House()
+    await house.open(tmp_path)
+    yield house
+    house.crash()
+    for task in house.tasks:
+        task.cancel()
+    failures = await asyncio.gather(*house.tasks, return_exceptions=True)
+    await house.store.close()
+    assert not [f for f in failures if isinstance(f, Exception)]
+
+
+async def test_what_lies_on_disk_is_read_before_its_turn_where_there_is_memory(
+    house: House,
+) -> None:
+    host = await house.host("q")
+    host.owner.keep_bodies = house.memory.keep_bodies = False
+    ids = await fill(house, "q", 900)
+    got = await consume(house, "q", 50)
+    assert host.owner.delivery.parcels.bytes == 0, "there is no room"
+    house.memory.keep_bodies = True
+    got += await consume(house, "q", 50)
+    while len(got) < 900:
+        await until(lambda: host.owner.delivery.at_hand("q"))
+        delivered = host.consume_now(Consume("q", 50, True))
+        assert delivered is not None
+        got += msgspec.json.decode(delivered.answer.body)["messages"]
+    assert [m["id"] for m in got] == ids
+    assert all(m["headers"] == {"n": m["body"]} and m["attempt"] == 1 for m in got)
+    assert host.owner.delivery.parcels.bytes == 0
