@@ -196,7 +196,7 @@ class Bench:
                 if depth > 100_000 and not isinstance(system, Ours):
                     continue
                 await system.fresh()
-                if await fill(system, depth) < depth:
+                if await fill(system, depth, FILL_S * max(1, depth // 250_000)) < depth:
                     continue
                 sessions = await self.sessions(system, 1)
                 await sessions[0].subscribe(3 * BATCH, BATCH)
