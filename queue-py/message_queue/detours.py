@@ -23,7 +23,7 @@ import heapq
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from message_queue.core.operations import Answer, Direct, certain_refusal, unknown_outcome
+from message_queue.core.operations import Answer, Direct, Produce, certain_refusal, unknown_outcome
 from message_queue.transport.forwards import Reply
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ LOOK_AGAIN_S = 0.01
 """A lease may be back at any moment, without anybody's telling."""
 MAX_WAITING = 20_000
 """In all detours of a node; beyond it operations are refused at once."""
+MAX_BYTES = 64 << 20
+"""Of the bodies among them; likewise."""
 
 
 class Begun:
@@ -97,6 +99,7 @@ class Detours:
         self.open: dict[int, list[Begun]] = {}
         """Partition -> who waits there, as a heap."""
         self._waiting = 0
+        self._bytes = 0
         self._away: dict[int, list[int]] = {}
         """Partition -> [node, how many operations it was asked to do and has not answered]."""
         self._anew: set[tuple[int, int]] = set()
@@ -139,10 +142,12 @@ class Detours:
         """Nothing was done: it has to wait its turn."""
         if begun.over:
             return
-        if self._waiting >= MAX_WAITING:
+        size = _body_bytes(begun.op)
+        if self._waiting >= MAX_WAITING or self._bytes + size > MAX_BYTES:
             begun.answer(certain_refusal("No quorum"))
             return
         self._waiting += 1
+        self._bytes += size
         waiting = self.open.get(begun.partition)
         if waiting is None:
             waiting = self.open[begun.partition] = []
@@ -172,8 +177,14 @@ class Detours:
             self._start(begun)
 
     def _take(self, waiting: list[Begun]) -> Begun:
+        begun = heapq.heappop(waiting)
         self._waiting -= 1
-        return heapq.heappop(waiting)
+        self._bytes -= _body_bytes(begun.op)
+        return begun
+
+
+def _body_bytes(op: Direct) -> int:
+    return sum([len(new.body) for new in op.messages]) if isinstance(op, Produce) else 0
 
 
 def _expire(begun: Begun) -> None:

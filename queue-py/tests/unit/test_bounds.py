@@ -13,6 +13,7 @@ from message_queue.core.delivery.lots import Lot, Taken
 from message_queue.core.delivery.model import Verdict
 from message_queue.core.delivery.parcels import Parcels
 from message_queue.core.delivery.partition import PartitionDelivery
+from message_queue.core.delivery.queues import MAX_IDLE_QUEUES
 from message_queue.core.delivery.stored import MessageMeta
 from message_queue.core.ids import pack_dot
 from message_queue.core.operations import MAX_ANSWER_BYTES
@@ -71,6 +72,23 @@ def test_one_message_is_delivered_however_large() -> None:
     sut.put_run(pack_dot(3, 1), MessageMeta("q", 0, 0), [bytes(2 * MAX_ANSWER_BYTES)] * 2, True, 0)
     for dot in (pack_dot(3, 1), pack_dot(3, 2)):
         assert dots(sut.take("q", 10, 60_000, 0)) == [dot]
+
+
+def test_queues_are_counted_and_those_that_fell_empty_do_not_pile_up() -> None:
+    tracemalloc.start()
+    sut = PartitionDelivery(3)
+    for n in range(900):
+        sut.put_run(pack_dot(3, n + 1), MessageMeta(f"q{n}", n, n), [b""], True, 0)
+    takes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert takes / 2 < sut.memory_bytes < takes * 2
+    for n in range(900, 3_000):
+        dot = pack_dot(3, n + 1)
+        sut.put_run(dot, MessageMeta(f"q{n}", n, n), [b""], True, 0)
+        assert sut.settle(dot, None) is Verdict.DONE
+        sut.gone(dot, 0)
+    assert len(sut.queue_names()) <= MAX_IDLE_QUEUES
+    assert {f"q{n}" for n in range(900)} <= set(sut.queue_names()), "these hold something"
 
 
 def test_a_lease_that_is_extended_for_hours_leaves_no_timers_behind() -> None:

@@ -173,6 +173,27 @@ async def test_who_waits_too_long_is_refused_and_so_is_everybody_when_the_node_s
     assert not cluster.detours.open
 
 
+async def test_what_waits_for_an_owner_has_room_for_so_many_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("message_queue.detours.MAX_BYTES", 5)
+    cluster = Cluster()
+    for _ in range(8):
+        cluster.ask()
+    assert cluster.answers == {6: 503, 7: 503, 8: 503}
+    cluster.route, cluster.here.leased = HERE, True
+    async with asyncio.timeout(20):
+        while len(cluster.answers) < 8:  # noqa: ASYNC110 - a condition without an event
+            await asyncio.sleep(0)
+    assert cluster.stored == [1, 2, 3, 4, 5]
+    cluster.route = None
+    cluster.here.leased = False
+    cluster.ask()
+    assert 9 not in cluster.answers, "there is room again"
+    cluster.refused = "Node is stopping"
+    await asyncio.gather(*cluster.tasks)
+
+
 async def test_time_spent_in_waiting_for_an_owner_is_missing_for_the_answer() -> None:
     cluster = Cluster()
     loop = asyncio.get_running_loop()

@@ -12,7 +12,9 @@ from message_queue.core.delivery.line import Line
 from message_queue.core.delivery.lots import Lot
 from message_queue.core.delivery.model import Counts, Entry, Settings, default_settings
 
-MAX_IDLE_QUEUES = 10_000
+QUEUE_BYTES = 3200
+"""About what a queue takes in memory besides its messages (measured)."""
+MAX_IDLE_QUEUES = 1000
 """Of one partition; beyond it, queues that fall empty are forgotten at once."""
 
 

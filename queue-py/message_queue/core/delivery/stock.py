@@ -17,7 +17,7 @@ from message_queue.core.delivery.lifecycle import State
 from message_queue.core.delivery.lots import LOT_BYTES, Lot, Lots, pieces, singles
 from message_queue.core.delivery.model import PRIORITIES, Counts, Entry
 from message_queue.core.delivery.parcels import SLOT_BYTES, Parcel, Parcels
-from message_queue.core.delivery.queues import Queue, QueueBook
+from message_queue.core.delivery.queues import QUEUE_BYTES, Queue, QueueBook
 from message_queue.core.delivery.stored import MessageMeta, waits_for_nothing
 from message_queue.core.delivery.timers import Timers
 from message_queue.core.replication.dots import DotSet
@@ -61,9 +61,10 @@ class Stock(QueueBook):
 
     @property
     def memory_bytes(self) -> int:
-        """About what messages in play, and bodies, take. O(1)."""
+        """About what queues, messages in play, and bodies take. O(1)."""
         of_lots = LOT_BYTES * self.lots.count + SLOT_BYTES * self.lots.bodies
-        return self.resident_bytes + self.parcels.bytes + ENTRY_BYTES * len(self.entries) + of_lots
+        of_entries = ENTRY_BYTES * len(self.entries) + QUEUE_BYTES * len(self._queues)
+        return self.resident_bytes + self.parcels.bytes + of_entries + of_lots
 
     def counts(self, queue_name: str) -> Counts:
         """See `QueueBook`. O(lots)."""
