@@ -184,7 +184,7 @@ def _consume_in(query: Mapping[str, str]) -> Consume | None:
     try:
         asked = msgspec.convert(fields, ConsumeQuery, strict=False)
         return consume_of(asked) if asked.forward else None
-    except (msgspec.ValidationError, ApiError):
+    except (msgspec.ValidationError, ApiError, UnicodeError):
         return None
 
 
