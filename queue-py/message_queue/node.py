@@ -51,6 +51,7 @@ from message_queue.storage.log import Fsync, Trouble
 from message_queue.storage.store import Store
 from message_queue.transport.forwards import Serving
 from message_queue.transport.links import Hello, Links
+from message_queue.turn import Turn
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Node:
         self.events = events
         self.incarnation = data_dir.next_incarnation(wall_ms())
         self.hosts: dict[int, Host] = {}
+        self.turn = Turn()
         self.router = Router(self)
         self.halted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.stopping = False
@@ -229,7 +231,7 @@ class Node:
             self.keeper.told(note)
 
     def _durable(self, batch: int) -> None:
-        self.apply(self.replicator.durable(batch, monotonic_ms()))
+        self.turn.step(self.apply, self.replicator.durable(batch, monotonic_ms()))
 
     def _lost(self, lost: Lost) -> None:
         host = self.hosts.get(lost.partition)
@@ -343,6 +345,9 @@ class Node:
 
     def on_batch(self, position: int, incarnation: int, batch: Sequence[AnyMessage]) -> None:
         """A frame came in."""
+        self.turn.step(self._take, position, incarnation, batch)
+
+    def _take(self, position: int, incarnation: int, batch: Sequence[AnyMessage]) -> None:
         for_core: list[PeerMessage] = []
         for message in batch:
             match message:

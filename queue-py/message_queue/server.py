@@ -25,6 +25,7 @@ from message_queue.api import app as application
 from message_queue.api import connection
 from message_queue.api.events import EventHub
 from message_queue.api.express import Express
+from message_queue.api.stream import STREAMS
 from message_queue.config import Address, Config, ConfigError
 from message_queue.metrics import Metrics
 from message_queue.node import AnyMessage, Node
@@ -98,7 +99,7 @@ async def serve(config: Config, place: Place, listening: socket.socket, data_dir
         secret=config.cluster_secret,
         client_ssl=tls.client_context(config.tls) if config.tls else None, metrics=metrics,
         on_left=node.keeper.dismissed, has_left=node.keeper.has_left,
-        may_be_new=node.keeper.may_be_new,
+        may_be_new=node.keeper.may_be_new, turn=node.turn,
     )  # fmt: skip
     node.attach(links)
     peer_routes = [
@@ -106,6 +107,7 @@ async def serve(config: Config, place: Place, listening: socket.socket, data_dir
         web.post(admission.JOIN_PATH, admission.handler(config.cluster_secret, node.keeper.admit)),
     ]
     app = application.build(node.router, config, metrics, events, peer_routes)
+    app[STREAMS].turn = node.turn
     # handler_cancellation: a handler whose client hung up is cancelled.
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0

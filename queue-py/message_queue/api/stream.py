@@ -58,6 +58,7 @@ from message_queue.core.operations import (
 )
 from message_queue.core.placement.ring import PARTITIONS
 from message_queue.metrics import Metrics
+from message_queue.turn import Turn
 from message_queue.websocket import TEXT, WebSocket
 
 log = logging.getLogger(__name__)
@@ -84,9 +85,10 @@ class Streams:
     """All streams of a node."""
 
     def __init__(self) -> None:
+        self.turn = Turn()
         self._open: set[_Stream] = set()
         self._talking: list[_Stream] = []
-        """Have something to send at the end of this turn of the loop."""
+        """Have something to send at the end of this step."""
         self._closed = False
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
@@ -111,9 +113,9 @@ class Streams:
         await asyncio.gather(*(stream.stop() for stream in list(self._open)))
 
     def flush_soon(self, stream: _Stream) -> None:
-        """Have it send what it has when this turn of the loop is over: one frame for all."""
+        """Have it send what it has when the step that is being taken is over: one frame for all."""
         if not self._talking:
-            asyncio.get_running_loop().call_soon(self._flush)
+            self.turn.at_end(self._flush)
         self._talking.append(stream)
 
     def _flush(self) -> None:

@@ -15,10 +15,8 @@ import hmac
 import logging
 import random
 import ssl
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Generic, TypeVar
 
 import aiohttp
@@ -26,7 +24,9 @@ import msgspec
 from aiohttp import web
 
 from message_queue.metrics import Metrics
-from message_queue.websocket import BINARY, WebSocket, dialler_head
+from message_queue.transport.outgoing import Outgoing
+from message_queue.turn import Turn
+from message_queue.websocket import BINARY, WebSocket
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,6 @@ SECRET_HEADER = "X-Cluster-Secret"  # noqa: S105 - the header's name
 MAX_FRAME_BYTES = (
     64 << 20
 )  # the receiver's bound; a sender's frame holds one oversized message at most
-FRAME_TARGET_BYTES = 1 << 20
-OUTBOX_BYTES = 32 << 20
-MAX_FRAME_MESSAGES = 0xFFFF
-ROOM_BYTES = 256 << 10
-"""In a transport's buffer; beyond that nothing is added until it has drained."""
 HELLO_TIMEOUT_S = 2.0
 KEEPALIVE_S = 2.0
 HAS_LEFT_CODE = 4001
@@ -98,10 +93,13 @@ class Links(Generic[M]):
         on_left: Callable[[int], None] = lambda position: None,
         has_left: Callable[[int], bool] = lambda position: False,
         may_be_new: Callable[[int], bool] = lambda position: False,
+        turn: Turn | None = None,
     ) -> None:
         """``has_left``: that position was a member, and never will be one again. ``on_left(peer)``:
         a peer says so of this node. ``may_be_new``: a change of which this node has not heard may
-        have given that position, so who has it is listened to (it may bring the news)."""
+        have given that position, so who has it is listened to (it may bring the news). ``turn``:
+        at its end `send` writes."""
+        self._turn = turn if turn is not None else Turn()
         self._me = me
         self._urls = dict(urls)
         self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(
@@ -117,13 +115,13 @@ class Links(Generic[M]):
         self._on_left = on_left
         self._has_left = has_left
         self._may_be_new = may_be_new
-        self._outgoing = {position: _Outgoing(metrics) for position in urls}
+        self._outgoing = {position: Outgoing(metrics) for position in urls}
         self._known_ids: dict[int, str] = {me.position: me.node_id}
         self._told: set[str] = set()
         self._incoming: dict[int, WebSocket] = {}
-        self._held: set[_Outgoing] | None = None
+        self._held: set[Outgoing] | None = None
         """Were told something while `together` runs."""
-        self._talking: list[_Outgoing] = []
+        self._talking: list[Outgoing] = []
         """Were told something one by one in this turn of the loop."""
         self._session: aiohttp.ClientSession | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -134,7 +132,7 @@ class Links(Generic[M]):
 
     def send(self, position: int, message: M) -> bool:
         """Queue `message` for the peer; False: dropped (and counted), its link is down or full. It
-        leaves when this turn of the loop is over, with what else was said in it."""
+        leaves when the present step is over, with what else was said in it."""
         link = self._outgoing.get(position)
         if link is None or not link.put(self._encoder.encode(message)):
             self._metrics.peer_messages_dropped += 1
@@ -142,7 +140,7 @@ class Links(Generic[M]):
         if not link.talking:
             link.talking = True
             if not self._talking:
-                asyncio.get_running_loop().call_soon(self._flush)
+                self._turn.at_end(self._flush)
             self._talking.append(link)
         return True
 
@@ -151,7 +149,7 @@ class Links(Generic[M]):
         peers is encoded once."""
         last: M | None = None
         encoded = b""
-        touched: list[_Outgoing] = []
+        touched: list[Outgoing] = []
         for position, message in messages:
             link = self._outgoing.get(position)
             if link is None or not link.up:
@@ -213,7 +211,7 @@ class Links(Generic[M]):
         """A new node of the ring: dial it, and let it in."""
         if position not in self._urls and position != self._me.position:
             self._urls[position] = url
-            self._outgoing[position] = _Outgoing(self._metrics)
+            self._outgoing[position] = Outgoing(self._metrics)
             if self._session is not None:
                 self._start(position)
 
@@ -381,127 +379,3 @@ class Links(Generic[M]):
         bound = self._known_ids.setdefault(hello.position, hello.node_id)
         if bound != hello.node_id:
             raise Refused(f"position {hello.position} is {bound!r}, not {hello.node_id!r}")
-
-
-class _Outgoing:
-    """One outgoing link: encoded messages that wait for it, bounded in bytes.
-
-    A frame is written in the turn of the loop that made its messages, and as long as the transport
-    has room, straight to it: one copy, where aiohttp's client makes three and a pass over the bytes
-    for the mask. When it has none, `write` takes the first step of `send_bytes` itself, as an eager
-    task would (asyncio has those from 3.12 on); the last one tells that there is room again.
-    """
-
-    __slots__ = (
-        "_bytes", "_empty", "_messages", "_metrics", "_sending", "_transport", "_ws", "talking",
-    )  # fmt: skip
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.talking = False
-        """Stands in the list of those who write at the end of this turn."""
-        self._ws: aiohttp.ClientWebSocketResponse | None = None
-        """None: the link is down."""
-        self._transport: asyncio.WriteTransport | None = None
-        """Of `_ws`, if it could be had."""
-        self._messages: deque[bytes] = deque()
-        self._bytes = 0
-        self._metrics = metrics
-        self._sending: Coroutine[asyncio.Future[None], None, None] | None = None
-        """The last frame is in the transport's buffer, which is too full for another one."""
-        self._empty = asyncio.Event()
-        self._empty.set()
-
-    @property
-    def up(self) -> bool:
-        return self._ws is not None
-
-    def raise_up(self, ws: aiohttp.ClientWebSocketResponse) -> None:
-        """The link stands."""
-        # Masks protect proxies from what a browser may be made to send; a node is no browser. Of a
-        # mask of zeros the other side has nothing to undo: a third of its work for large bodies.
-        # aiohttp has no option for it; should it be made otherwise one day, masks are random again.
-        writer = getattr(ws, "_writer", None)
-        if hasattr(writer, "get_random_bits"):
-            setattr(writer, "get_random_bits", int)  # noqa: B010 - no attribute that mypy knows
-        self._transport = getattr(writer, "transport", None)
-        self._ws = ws
-
-    def lower(self) -> None:
-        """It broke. What is queued would arrive stale."""
-        self._ws = self._transport = None
-        self._messages.clear()
-        self._bytes = 0
-        if self._sending is not None:
-            self._sending.close()
-            self._sending = None
-        self._empty.set()
-
-    def put(self, encoded: bytes) -> bool:
-        """Queue a message. False: the link is down or full."""
-        if self._ws is None or (self._bytes + len(encoded) > OUTBOX_BYTES and self._messages):
-            return False
-        self._messages.append(encoded)
-        self._bytes += len(encoded)
-        return True
-
-    def write(self) -> None:
-        """Write what waits; what does not fit into the transport's buffer leaves later."""
-        if self._ws is None or self._sending is not None:
-            return
-        transport = self._transport
-        while self._messages:
-            if transport is not None and transport.get_write_buffer_size() < ROOM_BYTES:
-                if transport.is_closing():
-                    return  # the task that holds the link learns of it as well
-                size, parts = self._take()
-                transport.write(b"".join((dialler_head(size, BINARY), *parts)))
-                continue
-            _, parts = self._take()
-            sending = self._ws.send_bytes(b"".join(parts))
-            try:
-                room = sending.send(None)
-            except StopIteration:
-                continue
-            except (aiohttp.ClientError, OSError):
-                return  # the task that holds the link learns of it as well
-            self._sending = sending
-            self._empty.clear()
-            room.add_done_callback(partial(self._go_on, sending))
-            return
-
-    def _go_on(
-        self, sending: Coroutine[asyncio.Future[None], None, None], _: asyncio.Future[None]
-    ) -> None:
-        """There is room again; or the connection broke, or the link was lowered meanwhile."""
-        if self._sending is not sending:
-            return
-        with suppress(StopIteration, aiohttp.ClientError, OSError):
-            sending.send(None)
-        self._sending = None
-        self.write()
-        if self._sending is None:
-            self._empty.set()
-
-    def _take(self) -> tuple[int, list[bytes]]:
-        """The payload of a frame, in parts, and its length: all that waits, up to about
-        FRAME_TARGET_BYTES."""
-        parts = [b""]
-        size = 0
-        while self._messages and size < FRAME_TARGET_BYTES and len(parts) <= MAX_FRAME_MESSAGES:
-            encoded = self._messages.popleft()
-            parts.append(encoded)
-            size += len(encoded)
-        self._bytes -= size
-        count = len(parts) - 1
-        self._metrics.peer_frames_sent += 1
-        self._metrics.peer_messages_sent += count
-        parts[0] = _array_header(count)
-        return size + len(parts[0]), parts
-
-    async def drained(self) -> None:
-        """All that was queued is in the transport's hands."""
-        await self._empty.wait()
-
-
-def _array_header(n: int) -> bytes:
-    return bytes((0x90 | n,)) if n < 16 else b"\xdc" + n.to_bytes(2, "big")

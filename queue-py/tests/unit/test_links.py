@@ -14,6 +14,7 @@ from aiohttp import web
 from message_queue.core.messages import Canvass, PeerMessage, Soft
 from message_queue.metrics import Metrics
 from message_queue.transport import links as module
+from message_queue.transport import outgoing
 from message_queue.transport.links import LINK_PATH, SECRET_HEADER, Hello, Links
 from message_queue.websocket import BINARY, FrameReader
 from testkit.cluster import free_port
@@ -273,7 +274,7 @@ class Slow:
 
 async def test_an_outbox_is_bounded_and_keeps_its_order_behind_a_frame_that_waits() -> None:
     slow, metrics = Slow(), Metrics()
-    link = module._Outgoing(metrics)
+    link = outgoing.Outgoing(metrics)
     assert not link.put(b"x"), "down"
     link.raise_up(slow)  # type: ignore[arg-type]  # a test's connection
     link.put(b"\x01")
@@ -291,7 +292,7 @@ async def test_an_outbox_is_bounded_and_keeps_its_order_behind_a_frame_that_wait
     slow.room = asyncio.get_running_loop().create_future()
     link.put(b"\x04")
     link.write()
-    piece = bytes(module.OUTBOX_BYTES // 4)
+    piece = bytes(outgoing.OUTBOX_BYTES // 4)
     assert [link.put(piece) for _ in range(5)] == [True] * 4 + [False]
     link.lower()
     await link.drained()
@@ -324,7 +325,7 @@ class Writer:
 async def test_a_transport_with_room_is_written_to_without_a_detour() -> None:
     slow, transport = Slow(), Transport()
     slow._writer = Writer(transport)  # type: ignore[attr-defined]  # as aiohttp's have
-    link = module._Outgoing(Metrics())
+    link = outgoing.Outgoing(Metrics())
     link.raise_up(slow)  # type: ignore[arg-type]  # a test's connection
     sizes = (1, 124, 125, 126, 65_534, 65_535, 70_000)
     for size in sizes:
@@ -334,7 +335,7 @@ async def test_a_transport_with_room_is_written_to_without_a_detour() -> None:
     (*frames,) = (frame for data in transport.written for frame in reader.feed(data))
     assert frames == [(BINARY, b"\x91" + b"\x05" * size) for size in sizes]
     assert slow.frames == []
-    transport.buffered = module.ROOM_BYTES
+    transport.buffered = outgoing.ROOM_BYTES
     link.put(b"\x01")
     link.write()
     transport.buffered = 0
