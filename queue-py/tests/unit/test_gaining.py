@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ class Offices:
         return Accepted(epoch, first, Effects())
 
 
+class NoPeers:
+    """Nothing is said to anybody: what the core would have sent is not played."""
+
+    together = staticmethod(nullcontext)
+
+
 @pytest_asyncio.fixture
 async def node(tmp_path: Path) -> AsyncIterator[Node]:
     peers = "--peers=127.0.0.1:1,127.0.0.1:2,127.0.0.1:3"
@@ -98,6 +105,7 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     node = await Node.open(config, place, Metrics(), EventHub(), directory)
     node.store.start()
     node.replicator = Offices(node)  # type: ignore[assignment]  # all that is asked of it here
+    node.links = NoPeers()  # type: ignore[assignment]
     yield node
     for host in node.hosts.values():
         host.end(clean=False)
