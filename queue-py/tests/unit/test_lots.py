@@ -10,6 +10,7 @@ from message_queue.core.delivery.lots import Lot, receipts_of, singly
 from message_queue.core.delivery.model import Ended, Receipt, Settings, Verdict
 from message_queue.core.delivery.partition import PartitionDelivery
 from message_queue.core.delivery.queues import QUEUE_BYTES
+from message_queue.core.delivery.queues import QUEUE_BYTES
 from message_queue.core.delivery.stored import MessageMeta
 
 EPOCH = 3
@@ -201,3 +202,18 @@ def test_leases_of_more_messages_than_a_node_tells_of_are_not_taken_up() -> None
     leases = decode_leases(encode_leases([], lots))
     assert sum(lease.count for lease in leases) == MAX_LEASES
     assert decode_leases(b"\x91\x97\x01\x03\x01\x09\x00\x00\xcd\x04\x01") == [], "1,025 in one"
+
+
+def test_bodies_that_were_read_too_late_or_twice_are_not_kept() -> None:
+    sut = machine()
+    meta, bodies = MessageMeta("q", 0, 7), [body(dot) for dot in range(1, COUNT + 1)]
+    before = sut.memory_bytes
+    assert not sut.fill("q", 1, meta, bodies), "they are here"
+    assert take(sut, most=16) == list(range(1, 17))
+    assert not sut.fill("q", 1, meta, bodies[:16]), "they were delivered"
+    assert not sut.fill("q", 15, meta, bodies[14:18]), "some of them were"
+    assert not sut.fill("other", 17, meta, bodies[16:])
+    check(sut)
+    assert take(sut) == [17, 18, 19, 20]
+    sut.gone_all([(1, COUNT)], 0)
+    assert before > sut.memory_bytes == QUEUE_BYTES

@@ -272,9 +272,9 @@ class Stock(QueueBook):
         if queue is None:
             return True
         entry, head = queue.line.peek(), queue.backlog.head()
-        if head is None or (entry is not None and before(entry, head)):
-            return entry is None or entry.body is not None
-        return self.parcels.holding(head[1]) is not None
+        if head is not None and (entry is None or not before(entry, head)):
+            return self.parcels.holding(head[1]) is not None
+        return entry is None or entry.body is not None
 
     def head(self, queue_name: str) -> tuple[int, int, int] | None:
         """(priority, dot, mean body size) of a backlog: where it begins."""
