@@ -28,6 +28,7 @@ from message_queue.core.operations import (
     ListQueues,
     Nack,
     Operation,
+    Peek,
     Produce,
     Redrive,
     Settle,
@@ -308,7 +309,15 @@ class Router:
         target = msgspec.json.decode(shown.body, type=dict[str, Any])["settings"]["dead_letter"]
         if target is None:
             return await self.ask(Redrive(queue, None, most), forward)
-        return await self.ask(Redrive(target, queue, most), forward)
+        answer = await self.ask(Redrive(target, queue, most), forward)
+        if answer.status == 200 and not msgspec.json.decode(answer.body)["messages"]:
+            # Nothing of its own died: perhaps it is where others bury theirs.
+            peeked = await self.ask(Peek(queue, 1))
+            if peeked.status == 200 and any(
+                "source_id" in message for message in msgspec.json.decode(peeked.body)["messages"]
+            ):
+                return await self.ask(Redrive(queue, None, most), forward)
+        return answer
 
     async def show(self, queue: str) -> Answer:
         """See `api.keys.Service`."""

@@ -404,6 +404,23 @@ async def test_dead_letters_bear_their_source_and_one_redrive_runs_at_a_time(
     assert (await get(client, "/consume?queue=work.dead")).status == 204
 
 
+async def test_letters_are_sent_back_by_the_name_of_their_queue_whatever_it_is_called(
+    client: HttpClient,
+) -> None:
+    await put(client, "/queues/mill", {"max_deliveries": 1, "dead_letter": "morgue"})
+    ids = [await produce(client, "mill", n, headers={"source_id": 1}) for n in range(3)]
+    for name in ids:
+        await take(client, "mill")
+        assert (await post(client, "/nack", {"message_id": name})).status == 200
+    await until("all are dead", lambda: ready_is(client, "morgue", 3))
+    none = await post(client, "/queues/unrelated/redrive", {})
+    assert (none.status, none.json["messages"]) == (200, 0)
+    for where, most in (("morgue", 1), ("mill", 2)):
+        sent = await post(client, f"/queues/{where}/redrive", {"max": most})
+        assert (sent.status, sent.json["messages"], sent.json["queue"]) == (200, most, "morgue")
+    assert [(await take(client, "mill"))["body"] for _ in range(3)] == [0, 1, 2]
+
+
 # --- who answers ----------------------------------------------------------------------------------
 
 
