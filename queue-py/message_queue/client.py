@@ -232,10 +232,10 @@ class QueueClient:
     def _credits(self) -> list[bytes]:
         return [item for s in self._subscriptions.values() if (item := s.crediting()) is not None]
 
-    def _delivered(self, cid: int, messages: list[msgspec.Raw]) -> None:
+    def _delivered(self, cid: int, messages: list[msgspec.Raw], receipt: str | None) -> None:
         subscription = self._subscriptions.get(cid)
         if subscription is not None and subscription.opened:
-            subscription.take(messages)
+            subscription.take(messages, receipt)
             return
         for raw in messages:  # it was closed meanwhile
             unseen = delivered_decoder.decode(raw)

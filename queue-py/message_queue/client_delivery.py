@@ -83,13 +83,41 @@ class Delivered(msgspec.Struct, frozen=True):
 delivered_decoder = msgspec.json.Decoder(Delivered)
 
 
+class Together:
+    """Messages that came together, with a receipt for all of them. If all are acked in one turn of
+    the loop, one item says so; else each is acked by itself."""
+
+    def __init__(self, client: Asking, receipt: str, count: int) -> None:
+        self._client = client
+        self._receipt = receipt
+        self._count = count
+        self._acked = 0
+        self._whole: asyncio.Task[Reply] | None = None
+
+    async def ack(self) -> Reply | None:
+        """One of them is done. What became of all of them; None: it has to be acked by itself."""
+        self._acked += 1
+        await asyncio.sleep(0)  # for company
+        if self._acked < self._count:
+            self._count = -1  # some go alone: it is no whole any more
+        if self._count < 0:
+            return None
+        if self._whole is None:
+            item = {"op": "ack", "delivery": self._receipt}
+            self._whole = asyncio.create_task(self._client.ask(item, repeatable=True))
+        return await asyncio.shield(self._whole)
+
+
 class Message:
     """One delivery. `async with message:` acks at the end of the body, or nacks if it raises (and
     the error goes on); `ack`, `nack` and `extend` do the same by hand, once."""
 
-    def __init__(self, raw: Delivered, subscription: Subscription) -> None:
+    def __init__(
+        self, raw: Delivered, subscription: Subscription, together: Together | None = None
+    ) -> None:
         self._raw = raw
         self._subscription = subscription
+        self._together = together
         self._settled = False
         self.lost = False
         """The lease is gone: whatever is done now, somebody else may do again."""
@@ -138,7 +166,12 @@ class Message:
     async def ack(self) -> None:
         """It is done, for ever. Raises LeaseLost, OutcomeUnknown."""
         self._settle()
-        reply = await self._ask("ack")
+        whole = await self._together.ack() if self._together is not None else None
+        if whole is not None and whole.status in (404, 409):
+            # Of the others, all are acked.
+            lost = whole.body.get("overtaken") or whole.body.get("unknown") or ()
+            whole = whole if self.id in lost or not lost else Reply(200, {})
+        reply = whole if whole is not None else await self._ask("ack")
         if reply.status in (404, 409):
             self.lost = True
             raise LeaseLost(self.id)
@@ -241,10 +274,13 @@ class Subscription:
         owed, self._owed = self._owed, 0
         return _json.encode({"op": "credit", "subscription": self.cid, "credit": owed})
 
-    def take(self, messages: list[msgspec.Raw]) -> None:
+    def take(self, messages: list[msgspec.Raw], receipt: str | None) -> None:
         """A delivery."""
+        together = None
+        if receipt is not None and len(messages) > 1:
+            together = Together(self.client, receipt, len(messages))
         for raw in messages:
-            message = Message(delivered_decoder.decode(raw), self)
+            message = Message(delivered_decoder.decode(raw), self, together)
             self._buffer.append(message)
             self._held.add(message)
         self._arrived.set()

@@ -44,6 +44,8 @@ class Incoming(msgspec.Struct, frozen=True):
     body: msgspec.Raw = msgspec.Raw(b"{}")
     subscription: int | None = None
     messages: list[msgspec.Raw] | None = None
+    receipt: str | None = None
+    """Of all the messages."""
 
 
 _incoming = msgspec.json.Decoder(list[Incoming])
@@ -82,8 +84,8 @@ class _Pending:
 
 class Link:
     """`items_at_connect()` gives what a fresh connection must hear first; `items_at_flush()` what
-    rides along with each frame; `on_delivery(subscription, messages)` takes what comes by itself,
-    `on_answer(cid, reply)` the answers to what was not asked with `ask`."""
+    rides along with each frame; `on_delivery(subscription, messages, receipt)` takes what comes by
+    itself, `on_answer(cid, reply)` the answers to what was not asked with `ask`."""
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class Link:
         tls: ssl.SSLContext | None,
         items_at_connect: Callable[[], Iterable[bytes]],
         items_at_flush: Callable[[], Iterable[bytes]],
-        on_delivery: Callable[[int, list[msgspec.Raw]], None],
+        on_delivery: Callable[[int, list[msgspec.Raw], str | None], None],
         on_answer: Callable[[int, Reply], None],
     ) -> None:
         self._urls = list(urls)
@@ -254,7 +256,7 @@ class Link:
     def _take(self, items: list[Incoming]) -> None:
         for item in items:
             if item.messages is not None and item.subscription is not None:
-                self._on_delivery(item.subscription, item.messages)
+                self._on_delivery(item.subscription, item.messages, item.receipt)
             elif item.subscription is not None:
                 log.info("subscription %d waits: %s", item.subscription, bytes(item.body).decode())
             elif item.cid is not None:

@@ -10,7 +10,6 @@ from message_queue.core.delivery.lots import Lot, receipts_of, singly
 from message_queue.core.delivery.model import Ended, Receipt, Settings, Verdict
 from message_queue.core.delivery.partition import PartitionDelivery
 from message_queue.core.delivery.queues import QUEUE_BYTES
-from message_queue.core.delivery.queues import QUEUE_BYTES
 from message_queue.core.delivery.stored import MessageMeta
 
 EPOCH = 3
