@@ -49,3 +49,16 @@ async def test_what_lies_on_disk_is_read_before_its_turn_where_there_is_memory(
     assert [m["id"] for m in got] == ids
     assert all(m["headers"] == {"n": m["body"]} and m["attempt"] == 1 for m in got)
     assert host.owner.delivery.parcels.bytes == 0
+
+
+async def test_what_is_half_in_memory_is_left_to_those_who_wait_and_not_leased_meanwhile(
+    house: House,
+) -> None:
+    host = await house.host("q")
+    ids = await fill(house, "q", 20)
+    host.owner.keep_bodies = house.memory.keep_bodies = False
+    ids += await fill(house, "q", 20)
+    assert host.consume_now(Consume("q", 40, True)) is None
+    got = await consume(house, "q", 40)
+    assert [m["id"] for m in got] == ids
+    assert {m["attempt"] for m in got} == {1}

@@ -1,4 +1,4 @@
-"""The client acks a whole delivery in a word if it is done in one turn of the loop, else one by one."""
+"""The client acks a whole delivery in a word if it is done in one turn of the loop, else singly."""
 
 from __future__ import annotations
 
