@@ -229,9 +229,7 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(
-    tmp_path: Path, *, short: bool = True, keepalive_s: float = 3630.0
-) -> AsyncIterator[Served]:
+async def serving(tmp_path: Path, *, short: bool = True) -> AsyncIterator[Served]:
     config = configuration.parse(
         ["--id=a", "--addr=127.0.0.1:8000", "--peers=127.0.0.1:8000", f"--dataDir={tmp_path}",
          "--max_body_bytes=2000"]
@@ -240,7 +238,7 @@ async def serving(
     service = cast("Service", node)
     runner = web.AppRunner(
         application.build(service, config, node.metrics, EventHub(), []),
-        handler_cancellation=True, shutdown_timeout=0.3,
+        handler_cancellation=True, shutdown_timeout=20.0,
     )  # fmt: skip
     await runner.setup()
     served = Served(node, runner)
@@ -249,10 +247,8 @@ async def serving(
     make = connection.factory(runner, express if short else None)
 
     def made() -> connection.Connection:
-        each = make()
-        each._keepalive_timeout = keepalive_s
-        served.connections.append(each)
-        return each
+        served.connections.append(make())
+        return served.connections[-1]
 
     server = await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0)
     served.address = server.sockets[0].getsockname()

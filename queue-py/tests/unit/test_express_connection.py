@@ -197,12 +197,20 @@ async def test_an_unexpected_exception_is_a_logged_500_and_the_connection_goes_o
 async def test_an_idle_connection_is_closed_and_one_that_waits_for_its_answer_is_not(
     tmp_path: Path,
 ) -> None:
-    async with serving(tmp_path, keepalive_s=0.1) as served, connected(served) as wire:
-        assert (await wire.ask(READY))[0] == b"HTTP/1.1 200 OK"
+    async with serving(tmp_path) as served, connected(served) as wire:
+        (mine,) = served.connections
+
+        def time_is_over() -> None:
+            mine._next_keepalive_close_time = 0.0
+            mine._process_keepalive()
+
         answer = await _begun(served, wire, produce("wait"))
-        await asyncio.sleep(0.25)
+        time_is_over()
         answer(STORED)
         assert (await wire.answer())[0] == b"HTTP/1.1 201 Created"
+        mine._process_keepalive()  # it counts from the answer on
+        assert (await wire.ask(READY))[0] == b"HTTP/1.1 200 OK"
+        time_is_over()
         async with asyncio.timeout(20):
             assert await wire.reader.read() == b""
 
@@ -211,22 +219,31 @@ async def test_a_node_that_stops_answers_what_is_under_way_and_closes(tmp_path: 
     async with (
         serving(tmp_path) as served,
         connected(served) as one,
-        connected(served) as other,
         connected(served) as idle,
         connected(served) as half,
     ):
         answer = await _begun(served, one, produce("wait"))
         one.writer.write(produce("q"))
-        await _begun(served, other, POLL)
         half.writer.write(produce("q")[:-5])
-        await until(lambda: len(served.taken) == 3)
+        await until(lambda: len(served.taken) == 2)
         stopping = asyncio.ensure_future(served.runner.cleanup())
         await until(lambda: all(each._close for each in served.connections))
         answer(STORED)
         assert (await one.answer())[0] == b"HTTP/1.1 201 Created"
         async with asyncio.timeout(20):
-            for each in (one, other, idle, half):
-                assert await each.reader.read() == b"", "no more, and no answer to a poll"
+            for each in (one, idle, half):
+                assert await each.reader.read() == b"", "and no more"
             await stopping
-        assert served.node.polls == served.node.leased == 0
-        assert len(served.node.asked) == 2
+        assert len(served.node.asked) == 1
+
+
+async def test_a_poll_that_outlasts_a_stop_is_cut_off_and_has_leased_nothing(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path) as served, connected(served) as wire:
+        await _begun(served, wire, POLL)
+        await served.connections[0].shutdown(0.05)
+        async with asyncio.timeout(20):
+            assert await wire.reader.read() == b""
+        await until(lambda: not served.node.polls)
+        assert served.node.leased == 0
