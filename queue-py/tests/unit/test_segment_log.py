@@ -121,6 +121,9 @@ async def test_what_comes_while_the_thread_writes_follows_in_order(
     monkeypatch.setattr(files, "sync_data", sync_data)
     bench.log.append(b"first", 0)
     await bench.until(begun.is_set)
+    bench.log.append(b"fits", 9)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
     # More than fits into this segment: the writer task is wanted, and has to wait its turn.
     for n in range(1, 9):
         bench.log.append(b"%d" % n * 100, n)
@@ -130,8 +133,8 @@ async def test_what_comes_while_the_thread_writes_follows_in_order(
     await asyncio.sleep(0)
     go.set()
     await closing
-    assert [d.token for d in bench.durable] == list(range(9))
-    assert on_disk(tmp_path) == [b"first"] + [b"%d" % n * 100 for n in range(1, 9)]
+    assert [d.token for d in bench.durable] == [0, 9, *range(1, 9)]
+    assert on_disk(tmp_path) == [b"first", b"fits"] + [b"%d" % n * 100 for n in range(1, 9)]
     assert bench.log.crcs == {
         n: crc32(segment_path(tmp_path, n).read_bytes()) for n in segments_in(tmp_path)
     }
