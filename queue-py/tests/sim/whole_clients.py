@@ -14,11 +14,12 @@ from random import Random
 from typing import Any, Final
 
 import msgspec
-from whole_node import Machine, WholeCluster, played
+from whole_node import FOUNDERS, Machine, WholeCluster, played
 
 from message_queue.core.ids import parse_id
 from message_queue.core.operations import (
     Answer,
+    ChangeRing,
     Configure,
     Consume,
     Direct,
@@ -33,6 +34,7 @@ from message_queue.core.operations import (
     results_decoder,
     settled_runs_decoder,
 )
+from message_queue.core.placement.membership import changing
 from message_queue.core.placement.ring import PARTITIONS, partition_of
 from testkit.checkers import total_queue
 from testkit.history import History
@@ -51,11 +53,16 @@ PATIENCE_S: Final = 3.0
 class Whole:
     """One run."""
 
-    def __init__(self, loop: VirtualLoop, rng: Random, root: Path, *, calm: bool) -> None:
+    def __init__(
+        self, loop: VirtualLoop, rng: Random, root: Path, *, calm: bool, moves: bool
+    ) -> None:
         self.loop = loop
         self.rng = rng
         self.calm = calm
-        self.cluster = WholeCluster(loop, rng, root)
+        self.moves = moves
+        self.cluster = WholeCluster(loop, rng, root, spare=1 if moves else 0)
+        self.doomed = rng.choice(self.cluster.machines)
+        """Whose disk may be lost: of every confirmed record another has a copy."""
         self.coverage = self.cluster.coverage
         self.history = History(clock=lambda: int(loop.time() * 1e6))
         self.stopped = False
@@ -295,8 +302,8 @@ class Whole:
             victim, other = rng.sample(cluster.machines, 2)
             down = [m for m in cluster.machines if m.process is None or m.process.paused]
             kind = rng.choice(("kill", "kill", "power", "stop", "pause", "reset", "reset", "cut",
-                               "swallow", "isolate"))  # fmt: skip
-            if down and kind in ("kill", "stop", "pause"):
+                               "swallow", "isolate", "wipe"))  # fmt: skip
+            if down and kind in ("kill", "stop", "pause", "wipe"):
                 continue
             self.coverage.hit(f"fault_{kind}")
             for_s = rng.uniform(0.02, 1.8)
@@ -314,19 +321,22 @@ class Whole:
                 case "pause" if victim.process is not None:
                     victim.process.pause()
                     self.loop.call_later(for_s, victim.process.resume)
+                case "wipe":
+                    self.doomed.erase()
+                    self.loop.call_later(for_s / 2, self.doomed.start)
                 case "reset":
-                    cluster.reset(victim.position, other.position)
+                    cluster.reset(victim, other)
                 case "cut" | "swallow":
                     action = cluster.cut if kind == "cut" else cluster.swallow
-                    action(victim.position, other.position)
+                    action(victim, other)
                     if rng.random() < 0.5:
-                        action(other.position, victim.position)
+                        action(other, victim)
                     self.loop.call_later(for_s, cluster.heal)
                 case "isolate":
                     for machine in cluster.machines:
                         if machine is not victim:
-                            cluster.cut(victim.position, machine.position)
-                            cluster.cut(machine.position, victim.position)
+                            cluster.cut(victim, machine)
+                            cluster.cut(machine, victim)
                     self.loop.call_later(for_s, cluster.heal)
                 case _:
                     pass
@@ -339,17 +349,55 @@ class Whole:
                 machine.process.resume()
             machine.start()
         self.cluster.heal()
-        for _ in range(400):
-            owned = Counter(p for m in self.cluster.machines if m.node for p in m.node.hosts)
-            if len(owned) == PARTITIONS and max(owned.values()) == 1:
+        for _ in range(600):
+            self.retire()
+            up = [m.node for m in self.cluster.machines if m.node is not None]
+            owned = Counter(p for node in up for p in node.hosts)
+            rings = [node.replicator.ring for node in up if not node.keeper.departed]
+            settled = len({r.version for r in rings}) == 1 and not any(map(changing, rings))
+            if settled and len(owned) == PARTITIONS and max(owned.values()) == 1:
                 return
             await self.cluster.sleep(0.05)
-        raise AssertionError(f"not whole again: {len(owned)} partitions are owned")
+        raise AssertionError(f"not whole again: {len(owned)} partitions are owned, rings {rings}")
+
+    # -- the ring --------------------------------------------------------------------------------
+
+    async def operator(self) -> None:
+        """Lets machines in and out; whoever has left comes back as another node."""
+        rng = self.rng
+        while not self.stopped:
+            await self.cluster.sleep(rng.uniform(0.1, 1.5))
+            self.retire()
+            known = [m.node.replicator.ring for m in self.cluster.machines if m.node is not None]
+            if not known:
+                continue
+            ring = max(known, key=lambda ring: ring.version)
+            members = {member.addr for _, member in ring.members}
+            outside = [m for m in self.cluster.machines if m.addr not in members]
+            if changing(ring) and rng.random() < 0.8:
+                continue
+            if outside and (len(members) <= FOUNDERS or rng.random() < 0.5):
+                machine = rng.choice(outside)
+                machine.start()
+                op = ChangeRing(True, machine.addr)
+            else:
+                op = ChangeRing(False, rng.choice(sorted(members)))
+            answer = await self.ask(op)
+            if answer is not None and answer.status == 202:
+                self.coverage.hit("join" if op.join else "leave")
+
+    def retire(self) -> None:
+        """Who has left is switched off and erased, to be let in again one day."""
+        for machine in self.cluster.machines:
+            if machine.node is not None and machine.node.keeper.departed:
+                self.coverage.hit("departed")
+                machine.erase()
+                machine.joins = True
 
     # -- from the beginning to the end -----------------------------------------------------------
 
     async def play(self, seconds: float) -> Coverage:
-        for machine in self.cluster.machines:
+        for machine in self.cluster.machines[:FOUNDERS]:
             machine.start()
         for queue in QUEUES:
             await self.configure(queue, max_deliveries=None)
@@ -359,6 +407,8 @@ class Whole:
         work.append(self.patient())
         if not self.calm:
             work.append(self.trouble())
+        if self.moves:
+            work.append(self.operator())
         tasks = [self.loop.create_task(each) for each in work]
         await self.cluster.sleep(seconds)
         self.stopped = True
@@ -431,13 +481,15 @@ def _runs(dots: Sequence[int], receipts: Sequence[str]) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def play(seed: int, root: Path, seconds: float = 12.0, *, calm: bool = False) -> Coverage:
+def play(
+    seed: int, root: Path, seconds: float = 12.0, *, calm: bool = False, moves: bool = False
+) -> Coverage:
     """One seed; raises AssertionError with the seed in it."""
     rng = Random(seed)
     found: list[Coverage] = []
 
     async def main(loop: VirtualLoop) -> None:
-        whole = Whole(loop, rng, root, calm=calm)
+        whole = Whole(loop, rng, root, calm=calm, moves=moves)
         with played(loop, whole.cluster.disks, rng):
             found.append(await whole.play(seconds))
 

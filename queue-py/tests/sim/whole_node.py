@@ -8,10 +8,13 @@ was written when its process dies, and what was synced when the power fails.
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -22,7 +25,7 @@ import pytest
 from message_queue import config as configuration
 from message_queue import node as node_module
 from message_queue import proposing, ring_keeper
-from message_queue.admission import identity, place_at_start
+from message_queue.admission import Place, identity, keep_ring, place_at_start
 from message_queue.api.events import EventHub
 from message_queue.core.invariants import check_node, check_owners
 from message_queue.metrics import Metrics
@@ -34,6 +37,7 @@ from message_queue.transport.links import Hello
 from testkit.sim.coverage import Coverage
 from testkit.sim.virtual_loop import Process, VirtualLoop, current_process
 
+FOUNDERS: Final = 3
 WALL_MS: Final = 1_700_000_000_000
 DIAL_S: Final = (0.01, 0.2)
 CHECKED_EVERY: Final = 40
@@ -45,9 +49,11 @@ _decoder: msgspec.msgpack.Decoder[list[AnyMessage]] = msgspec.msgpack.Decoder(li
 class Links:
     """`transport.links.Links` of one life of a machine."""
 
-    def __init__(self, cluster: WholeCluster, machine: Machine) -> None:
+    def __init__(self, cluster: WholeCluster, machine: Machine, peers: Iterable[int]) -> None:
         self._cluster = cluster
         self._machine = machine
+        self.peers = set(peers)
+        """Positions that are dialled, and let in."""
         self.up: dict[int, int] = {}
         """Position -> which connection this is."""
         self._gathered: list[tuple[int, AnyMessage]] | None = None
@@ -61,6 +67,16 @@ class Links:
             return False
         self._cluster.post(self._machine, position, [message])
         return True
+
+    def add(self, position: int, _: str) -> None:
+        if position not in self.peers and position != self._machine.position:
+            self.peers.add(position)
+            self._cluster.dial_soon(self._machine, position)
+
+    def remove(self, position: int) -> None:
+        if position in self.peers:
+            self.peers.discard(position)
+            self._cluster.part(self._machine, position)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -85,42 +101,48 @@ class Links:
 
 
 class Machine:
-    """A computer: its disk outlives its processes."""
+    """A computer: its disk outlives its processes. The first three found the cluster."""
 
-    def __init__(self, cluster: WholeCluster, position: int, directory: Path) -> None:
+    def __init__(self, cluster: WholeCluster, index: int, directory: Path, *, joins: bool) -> None:
         self.cluster = cluster
-        self.position = position
+        self.index = index
+        self.addr = f"127.0.0.1:{1 + index}"
         self.directory = directory
+        self.joins = joins
         self.process: Process | None = None
         self.node: Node | None = None
+        self.position = -1
         self.links: Links
         self._data_dir: DataDir | None = None
-
-    @property
-    def running(self) -> bool:
-        return self.process is not None
 
     def start(self) -> None:
         if self.process is not None:
             return
         rng = self.cluster.rng
         self.process = self.cluster.loop.process(
-            f"n{self.position}", drift=rng.uniform(-0.002, 0.002), offset_ms=rng.randrange(1 << 40)
+            f"n{self.index}", drift=rng.uniform(-0.002, 0.002), offset_ms=rng.randrange(1 << 40)
         )
         self.process.spawn(self._boot(self.process))
 
     async def _boot(self, process: Process) -> None:
-        peers = ",".join(f"127.0.0.1:{1 + p}" for p in range(len(self.cluster.machines)))
+        """As `server.py` does."""
+        founders = ",".join(f"127.0.0.1:{1 + n}" for n in range(FOUNDERS))
         argv = [
-            f"--id=n{self.position}", f"--addr=127.0.0.1:{1 + self.position}", f"--peers={peers}",
+            f"--id=n{self.index}", f"--addr={self.addr}",
+            f"--join={founders}" if self.joins else f"--peers={founders}",
             f"--dataDir={self.directory}", "--segment_bytes=300000", "--memory_bytes=1000000",
         ]  # fmt: skip
         config = configuration.parse(argv, {})
         place = place_at_start(config)
-        assert place is not None
+        while place is None:
+            await asyncio.sleep(0.05)
+            place = await self.cluster.admission(self)
+        config = replace(config, position=place.position)
         self._data_dir = DataDir.open(config.data_dir, identity(config, place))
+        keep_ring(config.data_dir, place.ring)
         node = await Node.open(config, place, Metrics(), EventHub(), self._data_dir)
-        self.links = Links(self.cluster, self)
+        self.position = place.position
+        self.links = Links(self.cluster, self, node.keeper.urls())
         node.attach(self.links)  # type: ignore[arg-type]  # what a node asks of its links
         node.start()
         self.node = node
@@ -131,10 +153,12 @@ class Machine:
 
     def hello(self) -> Hello:
         assert self.node is not None
-        return Hello(
-            self.position, f"n{self.position}", f"127.0.0.1:{1 + self.position}", "sim",
-            self.node.incarnation,
-        )  # fmt: skip
+        return Hello(self.position, f"n{self.index}", self.addr, "sim", self.node.incarnation)
+
+    def erase(self) -> None:
+        """Its disk is lost."""
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def kill(self, *, power: bool = False) -> None:
         if self.process is None:
@@ -144,7 +168,7 @@ class Machine:
         if self._data_dir is not None:
             self._data_dir.close()
             self._data_dir = None
-        self.cluster.hang_up(self.position)
+        self.cluster.hang_up(self)
         if power:
             self.cluster.disks.power_failed(self.directory, self.cluster.rng)
 
@@ -188,18 +212,20 @@ class Disks:
 class WholeCluster:
     """Machines, the wires between them, and what goes wrong with both."""
 
-    def __init__(self, loop: VirtualLoop, rng: Random, root: Path, size: int = 3) -> None:
+    def __init__(self, loop: VirtualLoop, rng: Random, root: Path, spare: int = 0) -> None:
         self.loop = loop
         self.rng = rng
         self.coverage = Coverage()
         self.disks = Disks()
-        self.machines: list[Machine] = []
-        self.machines += [Machine(self, n, root / f"data{n}") for n in range(size)]
+        self.machines = [
+            Machine(self, n, root / f"data{n}", joins=n >= FOUNDERS)
+            for n in range(FOUNDERS + spare)
+        ]
         self._connections = 0
         self._arrived_s: dict[tuple[int, int], float] = {}
         self._cut: set[tuple[int, int]] = set()
-        self._held: dict[tuple[int, int], list[tuple[int, int, bytes]]] = {}
-        """Wires that swallow: what was sent meanwhile comes when they are whole again."""
+        self._held: dict[tuple[int, int], list[tuple[int, int, int, bytes]]] = {}
+        """Wires (by machine) that swallow: what was sent meanwhile comes when they are whole."""
         loop.each_turn = self.each_turn
 
     async def sleep(self, seconds: float) -> None:
@@ -207,93 +233,142 @@ class WholeCluster:
         self.loop.call_later(seconds, done.set_result, None)
         await done
 
+    def at(self, position: int) -> Machine | None:
+        """Who runs there."""
+        for machine in self.machines:
+            if machine.node is not None and machine.position == position:
+                return machine
+        return None
+
+    async def admission(self, joiner: Machine) -> Place | None:
+        """`POST /peer/join`, of whomever it reaches."""
+        member = self.rng.choice(self.machines)
+        process = member.process
+        if member.node is None or process is None or (joiner.index, member.index) in self._cut:
+            return None
+        answered: asyncio.Future[Place | None] = self.loop.create_future()
+        keeper = member.node.keeper
+
+        async def ask() -> None:
+            found = await keeper.admit(joiner.addr, f"n{joiner.index}")
+            if not answered.done():
+                answered.set_result(found if isinstance(found, Place) else None)
+
+        process.spawn(ask())
+        timer = self.loop.call_later(3, lambda: answered.done() or answered.set_result(None))
+        place = await answered
+        timer.cancel()
+        return place
+
     # -- wires -----------------------------------------------------------------------------------
 
     def dial_all(self, machine: Machine) -> None:
         """A machine has come up."""
+        for position in machine.links.peers:
+            self.dial_soon(machine, position)
         for other in self.machines:
-            if other is not machine:
-                self._dial_soon(machine.position, other.position)
-                self._dial_soon(other.position, machine.position)
+            if other is not machine and other.node is not None:
+                self.dial_soon(other, machine.position)
 
-    def _dial_soon(self, a: int, b: int) -> None:
-        self.loop.call_later(self.rng.uniform(*DIAL_S), self._dial, a, b)
+    def dial_soon(self, dialler: Machine, position: int) -> None:
+        self.loop.call_later(
+            self.rng.uniform(*DIAL_S), self._dial, dialler, dialler.process, position
+        )
 
-    def _dial(self, a: int, b: int) -> None:
-        dialler, answerer = self.machines[a], self.machines[b]
-        if dialler.node is None or b in dialler.links.up or answerer.node is None:
+    def _dial(self, dialler: Machine, process: Process | None, position: int) -> None:
+        if dialler.node is None or dialler.process is not process:
             return
+        answerer = self.at(position)
+        if position not in dialler.links.peers or position in dialler.links.up or answerer is None:
+            return
+        assert answerer.node is not None
         assert answerer.process is not None
-        if (a, b) in self._cut or (a, b) in self._held or answerer.process.paused:
-            self._dial_soon(a, b)
+        key = dialler.index, answerer.index
+        keeper = answerer.node.keeper
+        known = dialler.position in answerer.links.peers or keeper.may_be_new(dialler.position)
+        if keeper.has_left(dialler.position):
+            dialler.run(dialler.node.keeper.dismissed, position)
+        if key in self._cut or key in self._held or answerer.process.paused or not known:
+            self.dial_soon(dialler, position)
             return
         self._connections += 1
-        dialler.links.up[b] = self._connections
+        dialler.links.up[position] = self._connections
         dialler.run(dialler.node.on_up, answerer.hello())
 
-    def _break(self, a: int, b: int) -> None:
-        """The connection of a to b, if there is one: what is on its way is lost."""
-        dialler = self.machines[a]
-        if dialler.node is not None and dialler.links.up.pop(b, None) is not None:
-            self._held.get((a, b), []).clear()
-            dialler.run(dialler.node.on_down, b)
-            self._dial_soon(a, b)
+    def _break(self, dialler: Machine, position: int) -> None:
+        """Its connection, if there is one: what is on its way is lost."""
+        if dialler.node is not None and dialler.links.up.pop(position, None) is not None:
+            dialler.run(dialler.node.on_down, position)
+            self.dial_soon(dialler, position)
 
-    def hang_up(self, position: int) -> None:
+    def part(self, machine: Machine, position: int) -> None:
+        """It neither calls that position any more nor listens to it."""
+        self._break(machine, position)
+        other = self.at(position)
+        if other is not None:
+            self.loop.call_later(0.001, self._break, other, machine.position)
+
+    def hang_up(self, gone: Machine) -> None:
         """A machine is gone."""
-        for other in range(len(self.machines)):
-            if other != position:
-                self.loop.call_later(self.rng.uniform(0.0001, 0.002), self._break, other, position)
+        for other in self.machines:
+            if other is not gone:
+                self.loop.call_later(
+                    self.rng.uniform(0.0001, 0.002), self._break, other, gone.position
+                )
 
-    def post(self, source: Machine, target: int, frame: list[AnyMessage]) -> None:
-        key = source.position, target
-        data = _encoder.encode(frame)
+    def post(self, source: Machine, position: int, frame: list[AnyMessage]) -> None:
+        target = self.at(position)
+        if target is None:
+            return
+        key = source.index, target.index
         assert source.node is not None
-        life, connection = source.node.incarnation, source.links.up[target]
+        sent = source.links.up[position], position, source.node.incarnation, _encoder.encode(frame)
         if key in self._held:
-            self._held[key].append((connection, life, data))
+            self._held[key].append(sent)
             return
         slow = self.rng.random() < 0.02
         after_s = self.rng.uniform(0.0001, 0.05 if slow else 0.002)
         # Timers of one moment run in any order, frames of one connection do not.
         at_s = max(self.loop.time() + after_s, self._arrived_s.get(key, 0.0) + 1e-6)
         self._arrived_s[key] = at_s
-        self.loop.call_at(at_s, self._arrive, key, connection, life, data)
+        self.loop.call_at(at_s, self._arrive, key, source.position, sent)
 
-    def _arrive(self, key: tuple[int, int], connection: int, life: int, data: bytes) -> None:
+    def _arrive(self, key: tuple[int, int], sender: int, sent: tuple[int, int, int, bytes]) -> None:
         source, target = (self.machines[n] for n in key)
+        connection, position, life, data = sent
         if key in self._held:
-            self._held[key].append((connection, life, data))
+            self._held[key].append(sent)
             return
         # What a killed process had sent still comes, unless its peer has noticed.
-        if source.node is not None and source.links.up.get(key[1]) != connection:
+        if source.node is not None and source.links.up.get(position) != connection:
             self.coverage.hit("frames_lost")
             return
-        if target.node is not None:
-            target.run(target.node.on_batch, key[0], life, _decoder.decode(data))
+        if target.node is not None and target.position == position:
+            target.run(target.node.on_batch, sender, life, _decoder.decode(data))
 
     # -- faults ----------------------------------------------------------------------------------
 
-    def reset(self, a: int, b: int) -> None:
+    def reset(self, a: Machine, b: Machine) -> None:
         """A connection breaks."""
-        self._break(a, b)
+        self._break(a, b.position)
 
-    def cut(self, a: int, b: int) -> None:
+    def cut(self, a: Machine, b: Machine) -> None:
         """Refused from now on."""
-        self._cut.add((a, b))
-        self._break(a, b)
+        self._cut.add((a.index, b.index))
+        self._break(a, b.position)
 
-    def swallow(self, a: int, b: int) -> None:
+    def swallow(self, a: Machine, b: Machine) -> None:
         """Nothing passes, and nobody is told."""
-        self._held.setdefault((a, b), [])
+        self._held.setdefault((a.index, b.index), [])
 
     def heal(self) -> None:
         """Every wire is whole."""
         self._cut.clear()
         held, self._held = self._held, {}
-        for (a, b), frames in held.items():
-            for connection, life, data in frames:
-                self._arrive((a, b), connection, life, data)
+        for key, frames in held.items():
+            sender = self.machines[key[0]].position
+            for sent in frames:
+                self._arrive(key, sender, sent)
 
     def power_cut(self) -> None:
         """All at once."""
