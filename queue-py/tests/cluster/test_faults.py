@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from message_queue.core.placement.ring import partition_of
 from testkit.checkers import total_queue
 from testkit.cluster import Cluster, Reply
 from testkit.cluster.files import flip_bit
@@ -74,6 +75,16 @@ async def test_a_power_cut_of_all_nodes_loses_nothing_and_resurrects_nothing(
         await end_leases(cluster, history, "cut")
 
 
+async def waits_for(cluster: Cluster, index: int, queue: str) -> str:
+    """One long poll; the id of what it brings."""
+    async with cluster.client(index) as client:
+        reply = await client.get(f"/consume?queue={queue}&wait_ms=20000", timeout_s=25)
+    assert isinstance(reply, Reply), reply
+    assert reply.status == 200, reply
+    found: str = reply.json["id"]
+    return found
+
+
 async def at_least(history: History, count: int) -> bool:
     return sum(o.status == "ok" for o in history) >= count
 
@@ -107,7 +118,9 @@ def delivered_not_acked(history: History, queue: str) -> set[str]:
     return delivered - acked
 
 
-async def test_killing_the_owner_under_load_loses_nothing(tmp_path: Path) -> None:
+async def test_killing_the_owner_under_load_loses_nothing_and_leaves_nobody_waiting(
+    tmp_path: Path,
+) -> None:
     history = History()
     async with queue_cluster(tmp_path) as cluster:
         owner = await owner_of(cluster, "load")
@@ -133,6 +146,17 @@ async def test_killing_the_owner_under_load_loses_nothing(tmp_path: Path) -> Non
         work = [asyncio.create_task(producer(n)) for n in range(4)]
         work.append(asyncio.create_task(consumer()))
         await until("load", lambda: at_least(history, 200))
+        # In the same partition: one who waits, at another node, for what was put off under the
+        # owner that dies now.
+        quiet = next(
+            name for n in range(10_000) if partition_of(name := f"q{n}") == partition_of("load")
+        )
+        async with cluster.client(others[1]) as client:
+            late = {"queue": quiet, "body": "late", "delay_ms": 1_500}
+            put_off = await client.post("/produce", late)
+        assert isinstance(put_off, Reply)
+        assert put_off.status == 201
+        waiting = asyncio.create_task(waits_for(cluster, others[1], quiet))
         cluster.kill(owner)
         killed = time.monotonic()
         probe = Recorder(cluster, history, "probe", others[0])
@@ -145,6 +169,7 @@ async def test_killing_the_owner_under_load_loses_nothing(tmp_path: Path) -> Non
         outage_s = time.monotonic() - killed
         done = sum(o.status == "ok" for o in history)
         await until("load goes on", lambda: at_least(history, done + 100))
+        assert await waiting == put_off.json["id"]
         stop.set()
         await asyncio.gather(*work)
         probe.close()
