@@ -39,6 +39,7 @@ class Wire(asyncio.Protocol):
         for asked in self.asked:
             if not asked.done():
                 asked.set_exception(ConnectionError("closed"))
+                asked.exception()  # whoever waited for it may be gone
 
     def ask(self, request: bytes) -> asyncio.Future[Any]:
         """Send; the next answer in order."""
