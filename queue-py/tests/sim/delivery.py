@@ -11,6 +11,7 @@ import msgspec
 from sim_judge import Stopping
 from sim_node import SimNode, wire
 
+from message_queue.core.delivery.invariants import check
 from message_queue.core.delivery.lots import Taken, receipts_of, singly
 from message_queue.core.delivery.model import Receipt
 from message_queue.core.delivery.owner import SETTINGS_KEY, PartitionOwner
@@ -125,6 +126,7 @@ class DeliveryNode(SimNode):
                 self.host.cover("granted_to_a_waiter")
                 reply.resolve(self.rendered(partition, grant.entries))
         assert not owner.dead_letters, "the queues have no limit of deliveries"
+        check(owner.delivery)
         if owner.has_gathered and not owner.in_flight:
             self.flush(partition)
 

@@ -27,6 +27,7 @@ from message_queue import node as node_module
 from message_queue import proposing, ring_keeper
 from message_queue.admission import Place, identity, keep_ring, place_at_start
 from message_queue.api.events import EventHub
+from message_queue.core.delivery.invariants import check as check_delivery
 from message_queue.core.invariants import check_node, check_owners
 from message_queue.metrics import Metrics
 from message_queue.node import AnyMessage, Node
@@ -389,6 +390,8 @@ class WholeCluster:
             check_owners((node.replicator, process.now_ms()) for node, process in up)
             for node, _ in up:
                 check_node(node.replicator)
+                for host in node.hosts.values():
+                    check_delivery(host.owner.delivery)
         self._one_host_each(up)
         for node, _ in up:
             if node.router._detours.open:

@@ -67,6 +67,13 @@ def test_a_successor_knows_which_deliveries_were_no_attempts() -> None:
     check(successor)
 
 
+def test_deliveries_that_only_a_note_tells_of_are_told_to_the_next_owner_too() -> None:
+    sut = machine()
+    sut.exhaust(1, 5)
+    check(sut)
+    assert list(sut.delivered) == [1]
+
+
 def test_a_receipt_that_was_never_given_settles_nothing() -> None:
     for text in ("3.2", "3.99", "4.1", "9999999999999999.1", "3", "x", "", "3.1.1", "-3.1", "٣.1"):
         sut = machine()

@@ -178,6 +178,8 @@ class PartitionDelivery(Turns):
         entry = self._find(dot)
         if entry is not None and entry.state in (State.READY, State.DELAYED, State.LEASED):
             entry.attempt = max(entry.attempt, attempts)
+            self.delivered[dot] = entry  # so it was, and its next owner should know
+            self.deliveries_changed += 1
             self._end(self._queues[entry.queue], entry, Ended.EXHAUSTED)
 
     def configure(self, queue_name: str, settings: Settings | None, now_ms: int) -> None:
