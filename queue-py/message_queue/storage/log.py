@@ -265,7 +265,7 @@ class SegmentLog(Generic[T]):
         began_s = perf_counter()
         try:
             crc = self._write_and_sync_blocking(descriptor, data, before)
-        except (OSError, _SyncFailed) as failure:
+        except Exception as failure:  # noqa: BLE001 - `_failed` judges it
             self._failed(batch, failure)
             return
         self._mean_s += (perf_counter() - began_s - self._mean_s) * _WEIGHT
@@ -279,16 +279,18 @@ class SegmentLog(Generic[T]):
         failure = writing.exception()
         if failure is None:
             self._report(batch, writing.result())
-        elif isinstance(failure, OSError | _SyncFailed):
-            self._failed(batch, failure)
         else:
-            raise failure
+            self._failed(batch, failure)
         if self._closing:
             self._wake.set()
         elif self._waiting:
             self._turn()
 
-    def _failed(self, batch: list[tuple[bytes, T]], failure: OSError | _SyncFailed) -> None:
+    def _failed(self, batch: list[tuple[bytes, T]], failure: BaseException) -> None:
+        """The writer task goes on from there, if the disk is the cause."""
+        if not isinstance(failure, OSError | _SyncFailed):
+            self._halt(f"a write failed: {failure!r}")
+            raise failure
         self._waiting = batch + self._waiting
         self._failure = failure
         self._wake.set()

@@ -158,6 +158,25 @@ async def test_a_listener_that_fails_halts_the_node(tmp_path: Path) -> None:
     assert on_disk(tmp_path) == [b"stored"]
 
 
+@SLOW
+async def test_a_write_that_fails_for_no_reason_of_the_disk_halts_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    bench = Bench(tmp_path)
+    await bench.log.start({}, {})
+    bench.slow(slow)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+
+    def write_all(descriptor: int, data: bytes) -> None:
+        raise ValueError(descriptor)
+
+    monkeypatch.setattr(files, "write_all", write_all)
+    bench.log.append(b"never there", 0)
+    await bench.until(lambda: bool(bench.halts))
+    await bench.log.close()
+    assert (len(bench.halts), bench.durable) == (1, [])
+
+
 async def test_a_full_segment_is_followed_by_the_next_one(tmp_path: Path) -> None:
     bench = Bench(tmp_path, segment_bytes=300)
     await bench.log.start({}, {})
