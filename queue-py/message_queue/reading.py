@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby, islice
 from typing import Any
 
 import msgspec
@@ -172,10 +172,18 @@ class ReadAhead:
         if upto - dot > window // 2 or window < 2:
             return
         wanted: list[int] = []
+        size = 0
         for first, last in delivery.behind(queue, priority, upto, min(AT_ONCE, window // 2)):
-            upto = last
             if delivery.parcels.holding(first) is None:
-                wanted += range(first, last + 1)
+                sizes = accumulate(delivery.shelf.sizes(first, last - first + 1), initial=size)
+                # As many as fit, whatever the others' mean is; the first one in any case.
+                count = sum([before < AHEAD_BYTES for before in islice(sizes, last - first + 1)])
+                wanted += range(first, first + count)
+                size += sum(delivery.shelf.sizes(first, count)) if count else 0
+                if count < last - first + 1:
+                    upto = first + count - 1
+                    break
+            upto = last
         if len(self._upto) >= MAX_QUEUES:
             self._upto.clear()
         self._upto[queue, priority] = upto

@@ -10,9 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest_asyncio
 
-from message_queue.core.operations import (
-    Consume,
-)
+from message_queue.core.operations import Consume, NewMessage, Produce
+from message_queue.reading import AHEAD_BYTES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from queue_house import House, consume, fill, until
@@ -62,3 +61,20 @@ async def test_what_is_half_in_memory_is_left_to_those_who_wait_and_not_leased_m
     got = await consume(house, "q", 40)
     assert [m["id"] for m in got] == ids
     assert {m["attempt"] for m in got} == {1}
+
+
+async def test_no_more_is_read_ahead_than_there_is_room_for_whatever_most_messages_are_like(
+    house: House,
+) -> None:
+    host = await house.host("q")
+    host.owner.keep_bodies = house.memory.keep_bodies = False
+    large = NewMessage(b'"' + b"x" * 999_998 + b'"')
+    for _ in range(3):
+        await house.ask(Produce("q", (large, large), batch=True))
+    for _ in range(2):
+        await fill(house, "q", 1000)
+    house.memory.keep_bodies = True
+    await host._ahead.wait("q")
+    assert AHEAD_BYTES <= host.owner.delivery.parcels.bytes < AHEAD_BYTES + 1_000_000
+    got = await consume(house, "q", 50)
+    assert len(got[0]["body"]) == 999_998
