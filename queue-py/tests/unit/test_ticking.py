@@ -58,7 +58,7 @@ class Waiting:
 async def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Node, Core]]:
     """A node that has looked at the time, and would not again for an hour."""
     monkeypatch.setattr(node_module, "IDLE_TICK_MS", 3_600_000)
-    monkeypatch.setattr(node_module, "RESTLESS_MS", 150)
+    monkeypatch.setattr(node_module, "RESTLESS_MS", 3_600_000)
     monkeypatch.setattr(Router, "every_partition_is_served", True)
     peers = "--peers=127.0.0.1:1,127.0.0.1:2,127.0.0.1:3"
     argv = ["--id=a", "--addr=127.0.0.1:1", f"--dataDir={tmp_path}", peers]
@@ -104,8 +104,11 @@ async def test_leases_that_run_are_told_more_often(idle: tuple[Node, Core]) -> N
     await again(core)
 
 
-async def test_a_node_with_nothing_to_do_is_left_alone(idle: tuple[Node, Core]) -> None:
+async def test_a_node_with_nothing_to_do_is_left_alone(
+    idle: tuple[Node, Core], monkeypatch: pytest.MonkeyPatch
+) -> None:
     node, core = idle
+    monkeypatch.setattr(node_module, "RESTLESS_MS", 150)
     node.on_down(1)
     while node._core_due_ms < monotonic_ms() + 60_000:
         await again(core)  # until it has calmed down
