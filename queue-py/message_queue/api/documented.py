@@ -34,32 +34,8 @@ class CreatedBatch(Struct, forbid_unknown_fields=True):
     duplicate: bool = False
 
 
-class Delivery(Struct, forbid_unknown_fields=True):
-    """A message, leased. A dead letter bears its past as well."""
-
-    id: str
-    queue: str
-    body: Any
-    headers: Headers
-    attempt: Annotated[int, Meta(ge=1)]
-    receipt: str
-    enqueued_at: Instant
-    source_id: str = ""
-    source: str = ""
-    reason: str = ""
-    deliveries: Size = 0
-    priority: Size = 0
-    group_id: str = ""
-
-
-class Deliveries(Struct, forbid_unknown_fields=True):
-    """Several of them (`max` was given)."""
-
-    messages: list[Delivery]
-
-
-class Seen(Struct, forbid_unknown_fields=True):
-    """A message that is not leased: without a receipt."""
+class Seen(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A message that is not leased. A dead letter bears its past as well."""
 
     id: str
     queue: str
@@ -73,6 +49,19 @@ class Seen(Struct, forbid_unknown_fields=True):
     deliveries: Size = 0
     priority: Size = 0
     group_id: str = ""
+
+
+class Delivery(Seen, forbid_unknown_fields=True, kw_only=True):
+    """A message that is leased."""
+
+    attempt: Annotated[int, Meta(ge=1)]
+    receipt: str
+
+
+class Deliveries(Struct, forbid_unknown_fields=True):
+    """Several of them (`max` was given)."""
+
+    messages: list[Delivery]
 
 
 class Browsed(Struct, forbid_unknown_fields=True):
