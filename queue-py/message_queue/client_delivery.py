@@ -105,6 +105,8 @@ class Together:
         if self._whole is None:
             item = {"op": "ack", "delivery": self._receipt}
             self._whole = asyncio.create_task(self._client.ask(item, repeatable=True))
+            # Whoever waited for it may be gone when it fails.
+            self._whole.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._whole)
 
 
