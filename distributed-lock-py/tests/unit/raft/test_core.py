@@ -307,6 +307,17 @@ def test_cluster_time_is_the_newest_leaders_also_if_an_older_one_let_more_pass()
     assert core.stamp_ms == 465
 
 
+def test_an_append_of_an_earlier_term_confirms_no_round_of_a_leader_that_leads_again() -> None:
+    """Found by a simulation seed: leader in term 3, then in term 5, and a late message between."""
+    core = make(2)
+    core.step(AppendEntries(sender=1, to=2, term=5, prev_index=0, prev_term=0, read_round=1), 1)
+    settle(core)
+    core.step(AppendEntries(sender=1, to=2, term=3, prev_index=0, prev_term=0, read_round=10), 2)
+    reply = core.drain().messages[0]
+    assert isinstance(reply, AppendReply)
+    assert (reply.term, reply.success, reply.read_round) == (5, False, 0)
+
+
 def test_a_new_leader_answers_reads_only_after_an_entry_of_its_own_term() -> None:
     core = make()
     core.campaign(0)
