@@ -3,11 +3,17 @@ of bodies, taken straight from there. (The property test mixes them; these fail 
 
 from __future__ import annotations
 
+from itertools import groupby
+
+from message_queue.core.delivery.intake import SHARED_MS
 from message_queue.core.delivery.invariants import check
 from message_queue.core.delivery.lots import singly
+from message_queue.core.delivery.owner import PartitionOwner
 from message_queue.core.delivery.partition import PartitionDelivery
 from message_queue.core.delivery.queues import QUEUE_BYTES
-from message_queue.core.delivery.stored import MessageMeta
+from message_queue.core.delivery.stored import MessageMeta, decode
+from message_queue.core.operations import NewMessage, Produce
+from message_queue.core.replication.drafts import RunDraft
 
 RUN = 20
 
@@ -75,3 +81,45 @@ def test_a_purge_of_waiting_messages_gives_their_memory_back() -> None:
     sut.purged(waiting)
     check(sut)
     assert sut.memory_bytes == QUEUE_BYTES
+
+
+def produced(owner: PartitionOwner, now_ms: int, body: bytes, **fields: int) -> None:
+    message = NewMessage(body, **fields)  # type: ignore[arg-type]
+    assert owner.produce(0, Produce("q", (message,)), now_ms, 5_000 + now_ms) is None
+
+
+def runs_of(owner: PartitionOwner) -> list[int]:
+    """Puts in each run, as the replication will stamp what waits."""
+    drafts, _ = owner.gather(1 << 20)
+    metas = [draft.meta for draft in drafts if isinstance(draft, RunDraft)]
+    return [len(list(its)) for _, its in groupby(metas)]
+
+
+def test_what_many_clients_send_one_by_one_within_milliseconds_becomes_one_run() -> None:
+    owner = PartitionOwner(1, 1, lambda _: False)
+    for ms in range(SHARED_MS + 1):
+        produced(owner, 100 + ms, b"%d" % ms)
+    produced(owner, 101 + SHARED_MS, b"the next one")
+    assert runs_of(owner) == [SHARED_MS + 1, 1]
+
+
+def test_a_delay_and_a_lifetime_are_counted_from_the_moment_of_their_own_request() -> None:
+    owner = PartitionOwner(1, 1, lambda _: False)
+    for ms in (100, 103):
+        produced(owner, ms, b"1", delay_ms=50)
+    for ms in (104, 107):
+        produced(owner, ms, b"2", ttl_ms=50)
+    drafts, _ = owner.gather(1 << 20)
+    metas = [decode(draft.meta) for draft in drafts if isinstance(draft, RunDraft)]
+    assert [m.ready_at_ms or m.expires_ms for m in metas if isinstance(m, MessageMeta)] == [
+        150, 153, 154, 157,
+    ]  # fmt: skip
+
+
+def test_messages_that_differ_in_more_than_their_bodies_share_no_meta() -> None:
+    owner = PartitionOwner(1, 1, lambda _: False)
+    produced(owner, 100, b"1")
+    produced(owner, 100, b"2", priority=3)
+    produced(owner, 100, b"3", priority=3)
+    assert owner.produce(0, Produce("r", (NewMessage(b"4", priority=3),)), 100, 5_100) is None
+    assert runs_of(owner) == [1, 2, 1]

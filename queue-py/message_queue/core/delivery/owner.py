@@ -22,7 +22,7 @@ from message_queue.core.delivery import settling, stored
 from message_queue.core.delivery.answers import created, returned
 from message_queue.core.delivery.backlog import Purged, Shelf, ShelfPart
 from message_queue.core.delivery.dedupe import DedupeWindow, Mark
-from message_queue.core.delivery.intake import count_new, take_in
+from message_queue.core.delivery.intake import Metas, count_new, take_in
 from message_queue.core.delivery.leases import decode_leases, encode_leases
 from message_queue.core.delivery.lots import Grant
 from message_queue.core.delivery.model import (
@@ -87,6 +87,7 @@ class PartitionOwner:
         self.dead_letters: list[Entry] = []
         """Exhausted messages: to be stored at their dead letter queue, then `remove`d."""
         self._covers = covers
+        self._metas = Metas()
         self._drafts: list[Draft] = []
         self._gathered: list[Pending] = []
         self._pending: deque[Pending] = deque()
@@ -175,7 +176,7 @@ class PartitionOwner:
                 new = count_new(op, self.window, now_ms)
             if new and held + new > limit:
                 return refusal(429, "Queue is full", 1, queue=queue, max_length=limit)
-        intake = take_in(op, self.window, now_ms, wall_ms)
+        intake = take_in(op, self.window, self._metas, now_ms, wall_ms)
         self._drafts += intake.drafts
         self._storing[queue] += intake.messages
         self.storing_bytes += sum(new.body_bytes for new in intake.new)
