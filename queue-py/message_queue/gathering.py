@@ -10,6 +10,9 @@ does it.)
 from __future__ import annotations
 
 TURNS = 6
+ENOUGH_BYTES = 256 * 1024
+"""A batch with so much in it waits for nobody: what a wait could save is little beside it, and the
+disks could work on it meanwhile."""
 
 
 class Gathering:
@@ -23,9 +26,15 @@ class Gathering:
         self._seen = 0
         self._turns = 0
 
-    def goes_on(self, waiting: int) -> bool:
-        """Asked once a turn: whether the batch waits for the next one."""
-        if self._last > 1 and waiting > self._seen and self._turns < TURNS:
+    def goes_on(self, waiting: int, gathered_bytes: int) -> bool:
+        """Asked once a turn: whether the batch waits for the next one. `waiting` operations are in
+        it, with bodies of `gathered_bytes`."""
+        if (
+            self._last > 1
+            and waiting > self._seen
+            and self._turns < TURNS
+            and gathered_bytes < ENOUGH_BYTES
+        ):
             self._seen = waiting
             self._turns += 1
             return True

@@ -58,7 +58,7 @@ class Proposer:
         # Batches of several partitions leave as one frame a peer.
         with self._node.links.together():
             for host in hosts:
-                if host.gathering.goes_on(host.owner.gathered):
+                if host.gathering.goes_on(host.owner.gathered, host.owner.gathered_bytes):
                     self._line_up(host)
                 else:
                     host.flushing = False

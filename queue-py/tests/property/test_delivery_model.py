@@ -126,6 +126,8 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.next_dot = 1
         self.receipts: list[tuple[int, Receipt]] = []
         self.deliveries: list[Spanned] = []
+        self.lagging: dict[int, Card] = {}
+        """Plain messages that the owner's own disk has yet to store."""
 
     def settle_endings(self) -> None:
         grants, endings = self.sut.drain()
@@ -136,6 +138,12 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     def pick(self, draw: st.DataObject) -> Naive:
         return draw.draw(st.sampled_from(self.model.messages))
+
+    @rule()
+    def the_own_disk_catches_up(self) -> None:
+        held = {m.dot for m in self.model.messages}
+        self.shelf.cards |= {dot: card for dot, card in self.lagging.items() if dot in held}
+        self.lagging.clear()
 
     @rule(
         queue=st.sampled_from(QUEUES), messages=MESSAGES, memory_full=st.booleans(),
@@ -160,9 +168,10 @@ class DeliveryMachine(RuleBasedStateMachine):
                 ready_at_ms=self.now + delay if delay else 0,
                 expires_ms=self.now + ttl if ttl else 0,
             )
-            if group is None and not delay and not ttl and on_disk:
+            if group is None and not delay and not ttl:
+                cards = self.shelf.cards if on_disk else self.lagging
                 for dot in range(first, self.next_dot):
-                    self.shelf.cards[dot] = Card(queue, priority, 1, self.now)
+                    cards[dot] = Card(queue, priority, 1, self.now)
             bodies = [b"%d" % (dot % 10) for dot in range(first, self.next_dot)]
             self.sut.put_run(first, meta, bodies, not memory_full, self.now)
             where = "delayed" if delay else "ready"

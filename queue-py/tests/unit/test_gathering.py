@@ -9,29 +9,29 @@ from types import SimpleNamespace
 
 from message_queue.core.replication.drafts import Accepted
 from message_queue.core.replication.effects import Effects
-from message_queue.gathering import TURNS, Gathering
+from message_queue.gathering import ENOUGH_BYTES, TURNS, Gathering
 from message_queue.proposing import Proposer
 
 
 def test_a_lone_client_waits_for_nobody() -> None:
     gathering = Gathering()
-    assert not gathering.goes_on(1)
-    assert not gathering.goes_on(1)
+    assert not gathering.goes_on(1, 0)
+    assert not gathering.goes_on(1, 0)
 
 
 def test_a_batch_waits_while_each_turn_brings_more_and_no_longer() -> None:
     gathering = Gathering()
-    assert not gathering.goes_on(8), "the first one has nobody to wait for"
-    assert gathering.goes_on(2)
-    assert gathering.goes_on(5)
-    assert not gathering.goes_on(5), "a turn that brought nothing"
-    assert [gathering.goes_on(n) for n in range(1, TURNS + 2)] == [True] * TURNS + [False]
+    assert not gathering.goes_on(8, 0), "the first one has nobody to wait for"
+    assert gathering.goes_on(2, 0)
+    assert gathering.goes_on(5, 0)
+    assert not gathering.goes_on(5, 0), "a turn that brought nothing"
+    assert [gathering.goes_on(n, 0) for n in range(1, TURNS + 2)] == [True] * TURNS + [False]
 
 
 class Owner:
     """Takes what is proposed."""
 
-    epoch, assigned, gathered = 64, 0, 0
+    epoch, assigned, gathered, gathered_bytes = 64, 0, 0, 0
 
     @property
     def has_gathered(self) -> bool:
@@ -92,3 +92,10 @@ async def test_two_batches_are_under_way_and_the_rest_gathers_until_one_is_store
     host.batches.popleft()
     await ask()
     assert node.batches == [1, 1, 4], "all that gathered meanwhile, as one"
+
+
+def test_a_large_batch_waits_for_nobody() -> None:
+    gathering = Gathering()
+    assert not gathering.goes_on(8, 0)
+    assert gathering.goes_on(2, ENOUGH_BYTES - 1)
+    assert not gathering.goes_on(3, ENOUGH_BYTES)

@@ -96,6 +96,8 @@ class PartitionOwner:
         """Ids that were used, by messages that are stored or about to be."""
         self._storing: Counter[str] = Counter()
         """Messages gathered or pending, by queue (for `max_length`)."""
+        self.gathered_bytes = 0
+        """Bodies that wait to be proposed."""
         self.storing_bytes = 0
         """Bodies gathered or pending; the node's backpressure."""
         self._assigned = 0
@@ -179,7 +181,9 @@ class PartitionOwner:
         intake = take_in(op, self.window, self._metas, now_ms, wall_ms)
         self._drafts += intake.drafts
         self._storing[queue] += intake.messages
-        self.storing_bytes += sum(new.body_bytes for new in intake.new)
+        body_bytes = sum(new.body_bytes for new in intake.new)
+        self.gathered_bytes += body_bytes
+        self.storing_bytes += body_bytes
         self._gathered.append(
             Storing(
                 token=token,
@@ -330,15 +334,19 @@ class PartitionOwner:
         """What waits to be proposed, as one batch: all of it, or about as much as fits into
         `max_bytes` (at least one operation)."""
         drafts, gathered = self._drafts, self._gathered
+        if self.gathered_bytes <= max_bytes:
+            self._drafts, self._gathered, self.gathered_bytes = [], [], 0
+            return tuple(drafts), gathered
         size = at = count = 0
         for pending in gathered:
-            if isinstance(pending, Storing):
-                size += sum(new.body_bytes for new in pending.new)
-            if count and size > max_bytes:
+            its = sum(new.body_bytes for new in pending.new) if isinstance(pending, Storing) else 0
+            if count and size + its > max_bytes:
                 break
+            size += its
             at += pending.drafts
             count += 1
         self._drafts, self._gathered = drafts[at:], gathered[count:]
+        self.gathered_bytes -= size
         return tuple(drafts[:at]), gathered[:count]
 
     @property

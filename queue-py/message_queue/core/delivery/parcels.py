@@ -142,6 +142,19 @@ class Parcels:
                     if body is not None and bits >> (parcel.first + offset - base) & 1:
                         self.take(parcel, parcel.first + offset)
 
+    def forget(self, first: int, last: int) -> None:
+        """Those of these messages that are here lie elsewhere as well, and need not be here."""
+        while first <= last:
+            parcel = self.holding(first)
+            if parcel is None:
+                first += 1
+                continue
+            end = min(last, parcel.first + len(parcel.bodies) - 1)
+            for dot in range(first, end + 1):
+                if parcel.bodies[dot - parcel.first] is not None:
+                    self.take(parcel, dot)
+            first = end + 1
+
     def dots(self) -> Iterator[int]:
         """All that are here."""
         for block in self._blocks.values():

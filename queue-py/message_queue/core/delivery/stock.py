@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from sys import maxsize
@@ -47,6 +48,9 @@ class Stock(QueueBook):
         """Bodies of messages in play that are in memory."""
         self.parcels = Parcels()
         """Those of messages in backlogs."""
+        self._lent: deque[tuple[int, int]] = deque()
+        """(first, last) of runs in there that memory has no room for, in the order of dots: their
+        only place until this node's own disk has them as well."""
         self._timers = Timers()
         self._retained: dict[str, int] = {}
         """Queue -> when the oldest message of its backlog may expire."""
@@ -85,18 +89,36 @@ class Stock(QueueBook):
         self, queue: Queue, first: int, meta: MessageMeta, bodies: Sequence[bytes], keep: bool
     ) -> bool:
         """Plain messages that were stored now join the backlog, if that is the place for them:
-        several at once, or one behind others. `keep`: their bodies stay in memory."""
+        several at once, or one behind others. `keep`: there is room for their bodies in memory."""
         if len(bodies) == 1 and keep and (queue.waiters or not queue.backlog.count):
             return False
+        last = first + len(bodies) - 1
+        if not keep:
+            self._give_back()
         if keep:
             self.parcels.add(first, meta, bodies)
-        elif super().card(first) is None or super().card(first + len(bodies) - 1) is None:
-            return False  # committed by the others before this node's own disk has it
+        elif self.shelf is None:
+            return False
+        elif super().card(last) is None:
+            # Committed by the others before this node's own disk has it.
+            self.parcels.add(first, meta, bodies)
+            self._lent.append((first, last))
         queue.used = True
         queue.backlog.add_run(first, len(bodies), meta.priority, sum(map(len, bodies)))
         if queue.settings.retention_ms is not None and queue.name not in self._retained:
             self._watch_retention(queue)
         return True
+
+    def _give_back(self) -> None:
+        """What the disk has by now leaves memory. Amortised O(1) a message: a run is an entry of
+        the log, so it is there as a whole."""
+        while self._lent:
+            first, last = self._lent[0]
+            if self.parcels.holding(last) is not None:
+                if super().card(last) is None:
+                    return
+                self.parcels.forget(first, last)
+            self._lent.popleft()
 
     def shelve(self, queue_name: str, base: int, bits: int, priority: int, body_bytes: int) -> None:
         """Plain messages join a backlog: those whose bit is set, counted from the dot `base`, a
