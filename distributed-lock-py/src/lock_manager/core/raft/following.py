@@ -19,9 +19,9 @@ from lock_manager.core.raft.state import State
 
 def on_append(state: State, append: AppendEntries) -> None:
     if append.term < state.term:
-        # The own term in the answer deposes a leader that lives in the past (etcd #8243). Rounds are
-        # counted per leadership: should the sender lead again by now, this one of an earlier term
-        # would count for a round that it has yet to begin, and confirm a read after its deposition.
+        # The own term in the answer deposes a leader that lives in the past (etcd #8243). Rounds
+        # are counted per leadership: should the sender lead again by now, this one of an earlier
+        # term would count for one that it has yet to begin, and confirm a read after its end.
         refuse(state, append.sender, 0, 0)
         return
     if state.leading is not None:
