@@ -42,7 +42,7 @@ from message_queue.core.operations import (
 from message_queue.core.placement.ring import PARTITIONS, partition_of
 from message_queue.detours import ANSWER_S, NO_OWNER_S, Begun, Detours
 from message_queue.hosting import Delivered
-from message_queue.transport.forwards import Asked, Forwards, NotSent, OutcomeUnknown
+from message_queue.transport.forwards import Asked, Forwards, NotSent, OutcomeUnknown, PeerLost
 
 if TYPE_CHECKING:
     from message_queue.node import Node
@@ -243,7 +243,9 @@ class Router:
             asked: Asked = await self.forwards.ask(position, op, timeout_s)
         except NotSent:
             return None
-        except OutcomeUnknown:
+        except OutcomeUnknown as unknown:
+            if isinstance(op, Consume) and isinstance(unknown, PeerLost):
+                return None  # nothing was delivered: ask the next owner, or this one again
             return Delivered(unknown_outcome("No answer from the owner"))
         if asked.answer is None:
             return None

@@ -43,6 +43,10 @@ class OutcomeUnknown(Exception):
     """It left, and no answer came."""
 
 
+class PeerLost(OutcomeUnknown):
+    """The link broke meanwhile. Should that node live, it undoes the leases of whoever waited."""
+
+
 Reply = Answer | None | type[OutcomeUnknown]
 """None: not the owner, nothing was done. OutcomeUnknown: no answer came."""
 
@@ -85,8 +89,8 @@ class Forwards:
                 waiting[1](OutcomeUnknown)
 
     async def ask(self, position: int, operation: Operation, timeout_s: float) -> Asked:
-        """The answer of the node at `position`. Raises NotSent or OutcomeUnknown. When the caller
-        is cancelled, the other node is told that nobody waits any more."""
+        """The answer of the node at `position`. Raises NotSent, PeerLost or OutcomeUnknown. When
+        the caller is cancelled, the other node is told that nobody waits any more."""
         if len(self._waiting) >= MAX_WAITING:
             raise NotSent
         self._number += 1
@@ -103,7 +107,7 @@ class Forwards:
             except TimeoutError:
                 raise OutcomeUnknown from None
             if isinstance(reply, type):
-                raise OutcomeUnknown
+                raise reply
             done = True
             return Asked(self, position, number, reply)
         finally:
@@ -121,7 +125,7 @@ class Forwards:
     def peer_lost(self, position: int) -> None:
         """The link to a peer broke: what it was asked is in doubt."""
         for number in [n for n, (peer, _) in self._waiting.items() if peer == position]:
-            self._waiting.pop(number)[1](OutcomeUnknown)
+            self._waiting.pop(number)[1](PeerLost)
 
     def withdraw(self, position: int, number: int) -> None:
         """The answer reached nobody: leases that came with it go back."""

@@ -152,11 +152,18 @@ async def test_killing_the_owner_under_load_loses_nothing_and_leaves_nobody_wait
             name for n in range(10_000) if partition_of(name := f"q{n}") == partition_of("load")
         )
         async with cluster.client(others[1]) as client:
-            late = {"queue": quiet, "body": "late", "delay_ms": 1_500}
+            late = {"queue": quiet, "body": "late", "delay_ms": 3_000}
             put_off = await client.post("/produce", late)
         assert isinstance(put_off, Reply)
         assert put_off.status == 201
         waiting = asyncio.create_task(waits_for(cluster, others[1], quiet))
+
+        async def stands_in_line() -> bool:
+            async with cluster.client(others[0]) as client:
+                figures = await client.get(f"/queues/{quiet}")
+            return isinstance(figures, Reply) and figures.json["waiting_consumers"] == 1
+
+        await until("the poll has come to the owner", stands_in_line)
         cluster.kill(owner)
         killed = time.monotonic()
         probe = Recorder(cluster, history, "probe", others[0])
