@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from message_queue.api.keys import WrongNode
-from message_queue.core.ids import parse_ids
+from message_queue.core.acks import shares, statuses_of
 from message_queue.core.messages import RING_PARTITION
 from message_queue.core.operations import (
     ANEW,
@@ -36,7 +36,6 @@ from message_queue.core.operations import (
     Show,
     certain_refusal,
     refusal,
-    results_decoder,
     unknown_outcome,
 )
 from message_queue.core.placement.ring import PARTITIONS, partition_of
@@ -261,29 +260,12 @@ class Router:
         self, ids: Sequence[str], receipt: str | None, forward: bool = True
     ) -> list[int] | Answer:
         """See `api.keys.Service`."""
-        statuses = [404] * len(ids)
-        by_partition: dict[int, list[tuple[int, int]]] = {}
-        for index, name in enumerate(parse_ids(ids)):
-            if name is not None and name.partition < PARTITIONS:
-                by_partition.setdefault(name.partition, []).append((index, name.dot))
-        asked = [
-            self.ask(
-                Settle(
-                    partition,
-                    tuple(dot for _, dot in items),
-                    tuple(receipt for _ in items),
-                ),
-                forward,
-            )
-            for partition, items in by_partition.items()
-        ]
+        its = shares(ids, receipt)
+        asked = [self.ask(share.settle, forward) for share in its]
         answers = [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked)
-        for answer, items in zip(answers, by_partition.values(), strict=True):
-            if answer.status != 200:
-                return answer
-            results = results_decoder.decode(answer.body)
-            for (index, _), status in zip(items, results.statuses, strict=True):
-                statuses[index] = status
+        statuses = statuses_of(len(ids), zip(its, answers, strict=True))
+        if isinstance(statuses, Answer):
+            return statuses
         self._node.metrics.acked += statuses.count(200)
         return statuses
 

@@ -44,9 +44,8 @@ from message_queue.api.requests import (
     produce_of,
 )
 from message_queue.api.schemas import AckBody, ConsumeQuery, NextBody
-from message_queue.core.ids import parse_ids
-from message_queue.core.operations import Answer, Consume, Settle, results_decoder
-from message_queue.core.placement.ring import PARTITIONS
+from message_queue.core.acks import shares, statuses_of
+from message_queue.core.operations import Answer, Consume
 from message_queue.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -305,37 +304,25 @@ class _Acking:
     """An ack on its way: its ids may belong to several partitions. What `Service.ack` does, with
     callbacks."""
 
-    __slots__ = ("_answers", "_asked", "_express", "_ids", "_open", "_places", "_turn")
+    __slots__ = ("_answers", "_asked", "_express", "_ids", "_open", "_shares", "_turn")
 
     def __init__(self, turn: Turn, express: Express, asked: AckBody, ids: Sequence[str]) -> None:
         self._turn = turn
         self._express = express
         self._asked = asked
         self._ids = ids
-        self._places: list[list[int]] = []
-        """For each partition that is asked, where its ids stand among all."""
-        self._answers: list[Answer] = []
-        self._open = 0
+        self._shares = shares(ids, asked.receipt)
+        self._answers = [_UNANSWERED] * len(self._shares)
+        self._open = len(self._shares)
 
     def begin(self) -> None:
         """Ask the owners. Raises what the service raises."""
-        receipt = self._asked.receipt
-        by_partition: dict[int, tuple[list[int], list[int]]] = {}
-        for place, name in enumerate(parse_ids(self._ids)):
-            if name is not None and name.partition < PARTITIONS:
-                places, dots = by_partition.setdefault(name.partition, ([], []))
-                places.append(place)
-                dots.append(name.dot)
-        self._places = [places for places, _ in by_partition.values()]
-        self._open = len(by_partition)
-        self._answers = [_UNANSWERED] * self._open
-        if not by_partition:
+        if not self._shares:
             self._settled()
             return
         begin = self._express.service.begin
-        for number, (partition, (_, dots)) in enumerate(by_partition.items()):
-            operation = Settle(partition, tuple(dots), (receipt,) * len(dots))
-            begin(operation, partial(self._answered, number))
+        for number, share in enumerate(self._shares):
+            begin(share.settle, partial(self._answered, number))
 
     def _answered(self, number: int, reply: Answer) -> None:
         self._answers[number] = reply
@@ -349,14 +336,10 @@ class _Acking:
 
     def _settled(self) -> None:
         """All have answered."""
-        statuses = [404] * len(self._ids)
-        for reply, places in zip(self._answers, self._places, strict=True):
-            if reply.status != 200:
-                self._turn.answer(reply)
-                return
-            found = results_decoder.decode(reply.body).statuses
-            for place, status in zip(places, found, strict=True):
-                statuses[place] = status
+        statuses = statuses_of(len(self._ids), zip(self._shares, self._answers, strict=True))
+        if isinstance(statuses, Answer):
+            self._turn.answer(statuses)
+            return
         done = statuses.count(200)
         self._express.metrics.acked += done
         if self._asked.next is not None and done == len(statuses):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ class House:
         self.tasks: set[asyncio.Task[None]] = set()
         self.batch = 0
         self.waiting: dict[int, tuple[Host, int]] = {}
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, directory: Path) -> AsyncIterator[House]:
+        """One to use; at its end all stops, and nothing may have failed in the background."""
+        house = cls()
+        await house.open(directory)
+        yield house
+        house.crash()
+        for task in house.tasks:
+            task.cancel()
+        failures = await asyncio.gather(*house.tasks, return_exceptions=True)
+        await house.store.close()
+        assert not [f for f in failures if isinstance(f, Exception)]
 
     async def open(self, directory: Path) -> None:
         self.store = await Store.open(

@@ -37,15 +37,8 @@ from queue_house import House, consume, exhaust, fill, length, until
 
 @pytest_asyncio.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
-    house = House()
-    await house.open(tmp_path)
-    yield house
-    house.crash()
-    for task in house.tasks:
-        task.cancel()
-    failures = await asyncio.gather(*house.tasks, return_exceptions=True)
-    await house.store.close()
-    assert not [f for f in failures if isinstance(f, Exception)]
+    async with House.opened(tmp_path) as house:
+        yield house
 
 
 async def test_messages_without_memory_are_delivered_in_order_with_their_headers(

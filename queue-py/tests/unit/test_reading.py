@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,15 +18,8 @@ from queue_house import House, consume, fill, until
 
 @pytest_asyncio.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
-    house = House()
-    await house.open(tmp_path)
-    yield house
-    house.crash()
-    for task in house.tasks:
-        task.cancel()
-    failures = await asyncio.gather(*house.tasks, return_exceptions=True)
-    await house.store.close()
-    assert not [f for f in failures if isinstance(f, Exception)]
+    async with House.opened(tmp_path) as house:
+        yield house
 
 
 async def test_what_lies_on_disk_is_read_before_its_turn_where_there_is_memory(
