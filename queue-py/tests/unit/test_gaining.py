@@ -4,6 +4,7 @@ steps in `Node.apply`. The replication is played by hand, the disk is real."""
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,10 +14,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from message_queue import config as configuration
 from message_queue import node as node_module
-from message_queue.admission import identity, place_at_start
-from message_queue.api.events import EventHub
 from message_queue.core.delivery.stored import MessageMeta, encode
 from message_queue.core.messages import Ack, AppendRecord, LogRecord, PromiseRecord, SealRecord
 from message_queue.core.operations import Answer, Consume, NewMessage, Produce
@@ -26,9 +24,10 @@ from message_queue.core.replication.effects import Committed, Effects, Gained, L
 from message_queue.core.replication.state import PartitionState
 from message_queue.core.runs import last_seq, put_entry
 from message_queue.hosting import Host
-from message_queue.metrics import Metrics
 from message_queue.node import Node
-from message_queue.storage.data_dir import DataDir
+
+sys.path.insert(0, str(Path(__file__).parent))
+from lone_node import lone_node
 
 QUEUE = "jobs"
 P = partition_of(QUEUE)
@@ -96,21 +95,13 @@ class NoPeers:
 
 @pytest_asyncio.fixture
 async def node(tmp_path: Path) -> AsyncIterator[Node]:
-    peers = "--peers=127.0.0.1:1,127.0.0.1:2,127.0.0.1:3"
-    argv = ["--id=a", "--addr=127.0.0.1:1", f"--dataDir={tmp_path}", peers]
-    config = configuration.parse(argv, {})
-    place = place_at_start(config)
-    assert place is not None
-    directory = DataDir.open(tmp_path, identity(config, place))
-    node = await Node.open(config, place, Metrics(), EventHub(), directory)
-    node.store.start()
-    node.replicator = Offices(node)  # type: ignore[assignment]  # all that is asked of it here
-    node.links = NoPeers()  # type: ignore[assignment]
-    yield node
-    for host in node.hosts.values():
-        host.end(clean=False)
-    await node.store.close()
-    directory.close()
+    async with lone_node(tmp_path) as node:
+        node.store.start()
+        node.replicator = Offices(node)  # type: ignore[assignment]  # all that is asked of it here
+        node.links = NoPeers()  # type: ignore[assignment]
+        yield node
+        for host in node.hosts.values():
+            host.end(clean=False)
     assert not node.halted.done()
 
 

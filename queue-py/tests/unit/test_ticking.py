@@ -4,6 +4,7 @@ something does."""
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,16 +12,14 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from message_queue import config as configuration
 from message_queue import node as node_module
-from message_queue.admission import identity, place_at_start
-from message_queue.api.events import EventHub
 from message_queue.clocks import monotonic_ms
 from message_queue.core.replication.effects import Effects, Lost
-from message_queue.metrics import Metrics
 from message_queue.node import Node
 from message_queue.routing import Router
-from message_queue.storage.data_dir import DataDir
+
+sys.path.insert(0, str(Path(__file__).parent))
+from lone_node import lone_node
 
 
 class Core:
@@ -60,22 +59,14 @@ async def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     monkeypatch.setattr(node_module, "IDLE_TICK_MS", 3_600_000)
     monkeypatch.setattr(node_module, "RESTLESS_MS", 3_600_000)
     monkeypatch.setattr(Router, "every_partition_is_served", True)
-    peers = "--peers=127.0.0.1:1,127.0.0.1:2,127.0.0.1:3"
-    argv = ["--id=a", "--addr=127.0.0.1:1", f"--dataDir={tmp_path}", peers]
-    config = configuration.parse(argv, {})
-    place = place_at_start(config)
-    assert place is not None
-    directory = DataDir.open(tmp_path, identity(config, place))
-    node = await Node.open(config, place, Metrics(), EventHub(), directory)
-    node.replicator = core = Core()  # type: ignore[assignment]  # all that is asked of it here
-    ticker = asyncio.create_task(node._tick_loop())
-    await again(core)
-    yield node, core
-    ticker.cancel()
-    with suppress(asyncio.CancelledError):
-        await ticker
-    await node.store.close()
-    directory.close()
+    async with lone_node(tmp_path) as node:
+        node.replicator = core = Core()  # type: ignore[assignment]  # all that is asked of it here
+        ticker = asyncio.create_task(node._tick_loop())
+        await again(core)
+        yield node, core
+        ticker.cancel()
+        with suppress(asyncio.CancelledError):
+            await ticker
 
 
 async def again(core: Core) -> None:

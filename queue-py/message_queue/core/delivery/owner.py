@@ -418,6 +418,7 @@ class PartitionOwner:
             answer = None if clean else unknown_outcome("Owner changed before the answer")
             self._finish(pending.token, answer)
         self._gathered.clear()
+        self.gathered_bytes = 0
         self._pending.clear()
         return self.delivery.waiting()
 
